@@ -1,0 +1,93 @@
+"""Stage progress on stderr: load, encode, denoise i/n with the time left, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffeff.cli.console import err
+
+__all__ = ["Stages"]
+
+
+class Stages:
+    """One line that says what is being done and how long it will take. `quiet` shows nothing."""
+
+    def __init__(self, quiet: bool) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=err(), transient=True, disable=quiet)
+        self._task = self._progress.add_task("", total=None, visible=False)
+        self._label = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, stage: str, total: int | None = None, label: str | None = None) -> None:
+        """Show `stage`, of `total` parts where that is known; `label` says of what run, until another one does."""
+        self._label = self._label if label is None else label
+        text = f"{self._label}: {stage}" if self._label else stage
+        self._progress.reset(self._task, total=total, description=text, visible=True)
+
+    def advance(self, count: float = 1) -> None:
+        self._progress.advance(self._task, count)
+
+    @contextmanager
+    def watching(self, pipe: Any, label: str = "") -> Iterator[None]:
+        """Show the stages of every call of a diffusers pipeline made inside the block.
+
+        All diffusers pipelines open their progress bar when the loop over the steps begins and close it before they
+        decode, so that a stand-in for that bar sees the stages without touching a module.
+        """
+        self.begin("encode", label=label)
+        pipe.__dict__["progress_bar"] = lambda iterable=None, total=None: _Bar(self, iterable, total)
+        try:
+            yield
+        finally:
+            pipe.__dict__.pop("progress_bar", None)
+
+
+class _Bar:
+    """What diffusers expects of tqdm."""
+
+    def __init__(self, stages: Stages, iterable: Iterable[Any] | None, total: int | None) -> None:
+        items = None if iterable is None else list(iterable)
+        self._stages, self._items = stages, items
+        stages.begin("denoise", total if items is None else len(items))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stages.begin("decode")
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items or ():
+            yield item
+            self.update()
+        self._stages.begin("decode")
+
+    def update(self, count: float = 1) -> None:
+        self._stages.advance(count)
+
+    def set_postfix(self, **_: object) -> None:
+        """Accepted for tqdm's sake."""
+
+    def close(self) -> None:
+        """Accepted for tqdm's sake."""

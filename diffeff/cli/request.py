@@ -1,0 +1,180 @@
+"""What `diffeff generate` is asked for, and the call of a pipeline it becomes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from diffeff.errors import ConfigError, DiffEffError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from diffeff.pipeline import DiffEffPipeline
+    from diffeff.zoo.world import Scene
+
+__all__ = ["DEFAULT_MODEL", "Request", "call", "call_options", "is_clip", "recommended", "scene_of"]
+
+DEFAULT_MODEL = "sprites-wan"
+_FILES, _SPEED = "Result and files", "Speed against plain"
+_DEVICES = Literal["auto", "cpu", "cuda", "mps"]
+_DTYPES = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The fields are the arguments and options of the command."""
+
+    prompt: Annotated[str | None, typer.Argument(help="What to show.", show_default=False)] = None
+    model: Annotated[
+        str, typer.Option("-m", "--model", help="A bundled model (diffeff models), a folder, or a hub id.")
+    ] = DEFAULT_MODEL
+    plan: Annotated[str | None, typer.Option(help="A preset (lossless, high, balanced, fast) or a plan file.")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number if left out.")] = None
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None
+    negative: Annotated[str | None, typer.Option(help="What to keep away from.")] = None
+    label: Annotated[str | None, typer.Option("--class", help="Class of a class-conditional model (digits-dit).")] = None
+    device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto"
+    dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto"
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.", rich_help_panel=_FILES),
+    ] = None
+    fps: Annotated[int, typer.Option(min=1, max=120, help="Frames per second.", rich_help_panel=_FILES)] = 8
+    enlarge: Annotated[
+        int, typer.Option(min=1, max=32, help="Repeat each pixel so many times, to view tiny clips.", rich_help_panel=_FILES)
+    ] = 1
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES)
+    ] = False
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also run plain at the same seed, and write videos, a contact sheet and a report beside the output. "
+            "Without a plan or flags it takes the preset balanced.",
+            rich_help_panel=_SPEED,
+        ),
+    ] = False
+    rounds: Annotated[
+        int, typer.Option(min=1, max=50, help="Timed rounds of --compare.", rich_help_panel=_SPEED)
+    ] = 3
+
+
+def is_clip(pipe: DiffEffPipeline) -> bool:
+    """Whether the pipeline makes videos."""
+    return bool({"num_frames", "video_length"} & set(_parameters(pipe)))
+
+
+def call_options(request: Request, pipe: DiffEffPipeline, card: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call: what was asked for, over what the model's card recommends (`card`).
+
+    Raises ConfigError for an option that this pipeline does not take, and when neither prompt nor class is given.
+    """
+    takes = _parameters(pipe)
+    asked = _subject(request, pipe, takes) | _asked(request)
+    frames = "num_frames" if "num_frames" in takes else "video_length"
+    asked = {frames if k == "num_frames" else k: v for k, v in asked.items()}
+    for name in asked:
+        if name not in takes:
+            raise ConfigError(f"{type(pipe.wrapped).__name__} takes no {name}; leave that option out")
+    defaults = {k: v for k, v in card.items() if k in takes}
+    own_steps = {"num_inference_steps": takes["num_inference_steps"].default}
+    return own_steps | defaults | asked | {"output_type": "np"}
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    width, height = _size(request.size)
+    named = {
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "num_frames": request.frames,
+        "negative_prompt": request.negative,
+        "width": width,
+        "height": height,
+    }
+    return {k: v for k, v in named.items() if v is not None}
+
+
+def _subject(request: Request, pipe: DiffEffPipeline, takes: dict[str, Any]) -> dict[str, Any]:
+    if "class_labels" not in takes:
+        if request.label is not None:
+            raise ConfigError(f"{type(pipe.wrapped).__name__} is not class-conditional: give a prompt, not --class")
+        if request.prompt is None:
+            raise ConfigError('a prompt is missing: diffeff generate "a red circle moving left, camera static"')
+        return {"prompt": request.prompt}
+    label = request.prompt if request.label is None else request.label
+    if label is None:
+        raise ConfigError("this model is class-conditional: say which class with --class")
+    return {"class_labels": [_class_id(pipe, label)]}
+
+
+def _class_id(pipe: DiffEffPipeline, label: str) -> int:
+    names: dict[str, int] = getattr(pipe.wrapped, "labels", None) or {}
+    if label in names:
+        return names[label]
+    count = int(pipe.wrapped.transformer.config.num_embeds_ada_norm)
+    if label.isdecimal() and int(label) < count:
+        return int(label)
+    raise ConfigError(f"there is no class {label!r}; known: {', '.join(names) or f'0 to {count - 1}'}")
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ConfigError(f"--size is {text!r}; expected width x height in pixels, such as 832x480")
+    return int(width), int(height)
+
+
+def recommended(model: str) -> dict[str, Any]:
+    """What a bundled model's card recommends, as arguments of a pipeline's call; empty for other models."""
+    from diffeff.zoo import bundled
+
+    if model not in bundled.NAMES:
+        return {}
+    return bundled.recommended(model).call_options()
+
+
+def scene_of(request: Request) -> Scene | None:
+    """The scene the caption describes, if the model is one whose results can be read back from their pixels."""
+    from diffeff.zoo import bundled
+    from diffeff.zoo.world import Scene
+
+    if request.model not in bundled.NAMES or request.prompt is None:
+        return None
+    try:
+        return Scene.parse(request.prompt)
+    except ValueError:
+        return None
+
+
+def call(pipe: DiffEffPipeline, options: dict[str, Any], steps: int, seed: int) -> NDArray[np.float32]:
+    """Run the pipeline for so many steps, always from the same noise; returns its frames.
+
+    Raises DiffEffError with the pipeline's own words when it refuses the options.
+    """
+    import torch
+
+    from diffeff.media import frames_of
+
+    noise = torch.Generator("cpu").manual_seed(seed)  # noise drawn on the CPU is the same on every device
+    try:
+        return frames_of(pipe(**(options | {"num_inference_steps": steps}), generator=noise))
+    except (ValueError, TypeError) as error:
+        if isinstance(error, DiffEffError):
+            raise
+        raise DiffEffError(f"{type(pipe.wrapped).__name__} refused the request: {error}") from error
+
+
+def _parameters(pipe: DiffEffPipeline) -> dict[str, Any]:
+    return dict(inspect.signature(type(pipe.wrapped).__call__).parameters)

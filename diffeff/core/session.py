@@ -1,0 +1,427 @@
+"""A plan attached to a pipeline: installs the seams, opens and closes runs, and undoes all of it exactly."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffeff.anatomy.types import CFG, AttentionSite, BlockSite, DenoiserMap, Memo, Segment, Streams
+from diffeff.core.chains import AttentionTap, nest, subscribers
+from diffeff.core.clockwork import advance, seek, wind
+from diffeff.core.method import Method
+from diffeff.core.run import Run, StepCall
+from diffeff.core.seams import Patch
+from diffeff.core.strangers import refuse_strangers
+from diffeff.errors import AttachedModelError, RunInProgress
+
+__all__ = ["Session"]
+
+log = logging.getLogger("diffeff")
+_MARK = "_diffeff_session"
+_BATCHED = (CFG.BATCHED_COND_FIRST, CFG.BATCHED_UNCOND_FIRST)
+
+
+class Session:
+    """Owns a pipeline's methods, already bound and checked, from attach to detach.
+
+    `attach` rewrites, then installs seams; any exception unwinds all of it. `detach` is the exact inverse and may be
+    called twice.
+    """
+
+    def __init__(self, pipeline: Any, denoisers: tuple[DenoiserMap, ...], methods: Sequence[Method[Any]]) -> None:
+        self.pipeline = pipeline
+        self.denoisers = denoisers
+        self.methods = tuple(sorted(methods, key=lambda m: m.layer))
+        self.run: Run | None = None
+        self.last: Run | None = None
+        """The run that closed last; its counts, warnings and times stay readable, its state is dropped."""
+        self._patches: list[Patch] = []
+        self._undo = ExitStack()
+        self._scheduler: Any = None
+        self._context: str | None = None
+        self._predicted: dict[str, Streams | None] = {}
+        self._entered: dict[str, Streams] = {}
+        self._memos: dict[tuple[str, torch.Size], Memo | None] = {}
+        self._containers: dict[str, type] = {}
+        self._callees = {d.name: getattr(pipeline, d.name) for d in denoisers}
+
+    def callees(self) -> list[tuple[DenoiserMap, Any]]:
+        """Each denoiser with the object the pipeline called when the plan was attached (compiled wrappers included)."""
+        return [(d, self._callees[d.name]) for d in self.denoisers]
+
+    # --- attach and detach --------------------------------------------------------------------------------------
+    def attach(self) -> None:
+        """Rewrite and install. Raises PlanConflict or AttachedModelError with the model untouched."""
+        refuse_strangers(self.pipeline, self.denoisers)
+        for denoiser in self.denoisers:
+            if _MARK in denoiser.module.__dict__:
+                raise AttachedModelError(
+                    f"{denoiser.name} already carries a diffeff plan (perhaps of another pipeline that shares it). "
+                    "Call remove() there first, or use that DiffEffPipeline."
+                )
+        with ExitStack() as stack:
+            self._install(stack)
+            self._undo = stack.pop_all()
+        names = ", ".join(m.config.name for m in self.methods) or "nothing"
+        log.info("attached %s to %s (%s)", names, type(self.pipeline).__name__, self.denoisers[0].family)
+
+    def detach(self) -> None:
+        """Take everything off, last in first out. Raises ForeignPatchError, touching nothing, if someone patched on
+        top of a seam."""
+        if self.run is not None and self.run.managed:
+            raise RunInProgress("the plan cannot be removed while the pipeline is running; interrupt the run first")
+        for patch in self._patches:
+            patch.check()
+        self._close(None)
+        self._undo.close()
+        self._patches.clear()
+
+    def _install(self, stack: ExitStack) -> None:
+        for denoiser in self.denoisers:
+            self._mark(stack, denoiser.module)
+            for method in self.methods:
+                undo = method.rewrite(denoiser) if method.overriding("rewrite") else None
+                if undo is not None:
+                    stack.callback(undo)
+        for denoiser in self.denoisers:
+            self._install_blocks(stack, denoiser)
+            self._install_denoiser(stack, denoiser)
+        self.watch_scheduler()
+        stack.callback(self._unwatch)
+
+    def _mark(self, stack: ExitStack, module: nn.Module) -> None:
+        module.__dict__[_MARK] = _Mark()
+        stack.callback(module.__dict__.pop, _MARK)
+
+    def _patch(self, stack: ExitStack, owner: object, name: str, handler: Any) -> None:
+        patch = Patch(owner, name, handler)
+        self._patches.append(patch)
+        stack.callback(patch.undo)
+
+    def _install_denoiser(self, stack: ExitStack, denoiser: DenoiserMap) -> None:
+        callee = self._callees[denoiser.name]
+        self._patch(stack, callee, "forward", lambda inner, a, k: self._on_step(denoiser, inner, a, k))
+        if hasattr(denoiser.module, "cache_context"):
+            self._patch(stack, denoiser.module, "cache_context", self._on_context)
+
+    def _install_blocks(self, stack: ExitStack, denoiser: DenoiserMap) -> None:
+        modules = dict(denoiser.module.named_modules())
+        for method in subscribers(self.methods, "around_linear"):
+            for path in method.linear_sites(denoiser):
+                handler = _linear_handler(self, path, modules[path], method)
+                self._patch(stack, modules[path], "forward", handler)
+        taps: dict[str, list[Method[Any]]] = {}
+        for method in subscribers(self.methods, "around_attention"):
+            for site in method.attention_sites(denoiser):
+                taps.setdefault(site.name, []).append(method)
+        for site in denoiser.attentions:
+            if site.name in taps:
+                self._patch(stack, site.module, "forward", _attention_handler(self, site, taps[site.name]))
+        for method in reversed(subscribers(self.methods, "around_block")):
+            for block in method.block_sites(denoiser):
+                self._patch(stack, block.module, "forward", _block_handler(self, block, method))
+        for method in self.methods:
+            for segment in method.segments(denoiser):
+                for block in segment.blocks:
+                    self._patch(stack, block.module, "forward", _segment_handler(self, method, segment, block))
+
+    # --- runs ---------------------------------------------------------------------------------------------------
+    @contextmanager
+    def managed_run(self) -> Iterator[Run]:
+        """One call of the pipeline. Whatever ends it, all state is dropped."""
+        if self.run is not None and self.run.managed:
+            raise RunInProgress(
+                f"this {type(self.pipeline).__name__} is already running. One pipeline runs one call at a time; load a "
+                "second pipeline for concurrent calls."
+            )
+        self._close(None)
+        refuse_strangers(self.pipeline, self.denoisers)
+        for patch in self._patches:
+            patch.check()
+        self.watch_scheduler()
+        run = self.run = self._fresh(managed=True)
+        try:
+            yield run
+        except BaseException as error:
+            self._close(error)
+            raise
+        self._close(None)
+
+    def _fresh(self, managed: bool) -> Run:
+        self._forget()
+        return Run(type(self.pipeline).__name__, managed)
+
+    def _forget(self) -> None:
+        self._context, self._predicted, self._entered, self._memos = None, {}, {}, {}
+
+    def _close(self, error: BaseException | None) -> None:
+        run, self.run = self.run, None
+        if run is None:
+            return
+        self._forget()
+        run.finished = time.perf_counter()
+        try:
+            for method in self.methods:
+                run.outcomes[id(method)] = method.engaged(run)
+                run.details[id(method)] = dict(method.details(run))
+                method.end(run, error)
+        finally:
+            run.drop()
+            run.call = None
+            self.last = run
+
+    # --- scheduler ----------------------------------------------------------------------------------------------
+    def watch_scheduler(self) -> None:
+        """Put the clock on the pipeline's present scheduler (users swap schedulers between runs)."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        if scheduler is self._scheduler or scheduler is None:
+            return
+        self._unwatch()
+        self._scheduler = scheduler
+        self._clock_patches = [
+            Patch(scheduler, "set_timesteps", self._on_set_timesteps, plain_copy=True),
+            Patch(scheduler, "step", self._on_update, plain_copy=True),
+        ]
+        self._step_names = _parameters(self._clock_patches[1].seam.inner)
+
+    def _unwatch(self) -> None:
+        if self._scheduler is None:
+            return
+        for patch in self._clock_patches:
+            patch.undo()
+        self._scheduler = None
+
+    def _on_set_timesteps(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = inner(*args, **kwargs)
+        run = self.run
+        if run is None or not run.managed:
+            self._close(None)
+            run = self.run = self._fresh(managed=False)
+        run.drop()
+        self._schedule(run)
+        wind(run.clock, self._scheduler)
+        return result
+
+    def _schedule(self, run: Run) -> None:
+        methods = subscribers(self.methods, "around_schedule")
+        if not methods:
+            return
+        hooks = [lambda t, proceed, m=m: m.around_schedule(run, t, proceed) for m in methods]
+        before = self._scheduler.timesteps
+        after = nest(hooks, lambda t: t)(before)
+        if after is not before:
+            self._scheduler.timesteps = after
+
+    def _on_update(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self.run
+        if run is None:
+            return inner(*args, **kwargs)
+        named = dict(zip(self._step_names, args, strict=False)) | kwargs
+        prediction, latents = named.get("model_output"), named.get("sample")
+        if isinstance(latents, Tensor):
+            run.latent_rows = latents.shape[0]
+        result = self._update(run, inner, named, prediction, latents)
+        advance(run.clock, named.get("timestep"))
+        run.ordinal = 0
+        run.updated = time.perf_counter()
+        if not run.managed and run.clock.index >= run.clock.total:
+            self._close(None)
+        return result
+
+    def _update(self, run: Run, inner: Callable[..., Any], named: dict[str, Any], prediction: Any, latents: Any) -> Any:
+        methods = subscribers(self.methods, "around_update")
+        if not methods:
+            return inner(**named)
+        hooks = [lambda x, go, m=m: m.around_update(run, x[0], x[1], lambda p, s: go((p, s))) for m in methods]
+        core = lambda x: inner(**(named | {"model_output": x[0], "sample": x[1]}))  # noqa: E731
+        return nest(hooks, core)((prediction, latents))
+
+    # --- step ---------------------------------------------------------------------------------------------------
+    def _on_context(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._named_context(inner, args, kwargs)
+
+    @contextmanager
+    def _named_context(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        self._context = str(args[0] if args else kwargs.get("name"))
+        try:
+            with inner(*args, **kwargs):
+                yield
+        finally:
+            self._context = None
+
+    def _on_step(self, denoiser: DenoiserMap, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self.run
+        if run is None or run.clock.timesteps is None or run.call is not None:
+            return inner(*args, **kwargs)  # called outside a run of ours: plain
+        call = self._open_call(run, denoiser, args, kwargs)
+        raw: list[Any] = []
+        try:
+            with run.on_call(call):
+                prediction = self._step_chain(run, call, inner, raw)
+        finally:
+            run.ordinal += 1
+        return self._wrap(call, prediction, raw)
+
+    def _open_call(self, run: Run, denoiser: DenoiserMap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall:
+        call = StepCall(denoiser, "cond", args, kwargs)
+        seek(run.clock, self._scheduler, call.argument(denoiser.timestep))
+        run.clock.index = min(run.clock.index, run.clock.total - 1)
+        if run.first_call is None:
+            run.first_call = time.perf_counter()
+        if not run.begun:
+            run.begun = True
+            for method in self.methods:
+                method.begin(run)
+        sample = call.sample
+        if run.latent_rows is None and denoiser.cfg in _BATCHED:
+            guided = getattr(self.pipeline, "do_classifier_free_guidance", None)
+            if guided is not None:
+                run.latent_rows = sample.shape[0] // 2 if guided and sample.shape[0] % 2 == 0 else sample.shape[0]
+        branch = self._branch(run, call)
+        run.guard_shape(denoiser.name, branch, (tuple(sample.shape), sample.dtype, sample.device))
+        return StepCall(denoiser, branch, args, kwargs)
+
+    def _branch(self, run: Run, call: StepCall) -> str:
+        if call.denoiser.cfg in _BATCHED:
+            if run.ordinal:
+                return f"call{run.ordinal}"
+            doubled = run.latent_rows is None or call.rows == 2 * run.latent_rows
+            return "both" if doubled else "cond"
+        if self._context is not None:
+            return self._context
+        text = call.argument(call.denoiser.text) if call.denoiser.text else None
+        return run.branch_of(text.data_ptr() if isinstance(text, Tensor) else None)
+
+    def _step_chain(self, run: Run, call: StepCall, inner: Callable[..., Any], raw: list[Any]) -> Tensor:
+        def compute(c: StepCall) -> Tensor:
+            with run.on_call(c):
+                result = inner(*c.args, **c.kwargs)
+            run.count_computed(call, c, len(c.denoiser.blocks))
+            raw.append(result)
+            return result[0]  # both a tuple and diffusers' output classes index their first field
+
+        run.count_asked(call, len(call.denoiser.blocks))
+        methods = subscribers(self.methods, "around_step")
+        if not methods:
+            return compute(call)
+        hooks = [lambda c, proceed, m=m: _step_hook(run, m, c, proceed) for m in methods]
+        return nest(hooks, compute)(call)
+
+    def _wrap(self, call: StepCall, prediction: Tensor, raw: list[Any]) -> Any:
+        """The prediction in the container the pipeline asked for; the model's own object where it is untouched."""
+        for result in raw:
+            if not isinstance(result, tuple):
+                self._containers[call.denoiser.name] = type(result)
+            if result[0] is prediction and len(raw) == 1:
+                return result
+        if call.argument("return_dict") is False:
+            return (prediction,)
+        container = self._containers.get(call.denoiser.name)
+        if container is None:
+            raise RuntimeError(f"a method skipped the first call of {call.denoiser.name}: nothing to predict from")
+        return container(sample=prediction)
+
+
+class _Mark:
+    """Marks a denoiser as taken. Copying or pickling the denoiser stumbles over it and says why."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise AttachedModelError(
+            "a model cannot be copied or pickled while a diffeff plan is attached to it: the copy would share the state "
+            "of this session. Call remove() on the DiffEffPipeline first."
+        )
+
+    __deepcopy__ = __reduce_ex__ = _refuse  # type: ignore[assignment]
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _step_hook(run: Run, method: Method[Any], call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
+    with run.on_call(call):
+        return method.around_step(run, call, proceed)
+
+
+def _segment_handler(session: Session, method: Method[Any], segment: Segment, block: BlockSite) -> Any:
+    """The seam of one block of a segment that `method` may skip whole."""
+    first, last, io = block is segment.blocks[0], block is segment.blocks[-1], block.io
+    key = f"{id(method)}:{segment.name}"
+    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = session.run
+        if run is None or run.call is None:
+            return inner(*args, **kwargs)
+        streams = io.read(args, kwargs)
+        if first:
+            compute = method.enter_segment(run, segment, streams)
+            session._predicted[key] = None if compute else streams
+            session._entered[key] = streams
+        entered = session._predicted.get(key)
+        if entered is None:
+            result = inner(*args, **kwargs)
+            session._memos[block.name, streams.image.shape] = io.memo(result)
+            if last:
+                method.leave_segment(run, segment, session._entered.pop(key), io.outputs(result))
+            return result
+        run.count_skipped_block()
+        if not last:
+            return io.skipped(streams, session._memos.get((block.name, streams.image.shape)))
+        session._entered.pop(key, None)
+        return io.write(method.predict_segment(run, segment, entered))
+
+    return handle
+
+
+def _block_handler(session: Session, block: BlockSite, method: Method[Any]) -> Any:
+    """The seam of one block that `method` wraps."""
+
+    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = session.run
+        if run is None or run.call is None:
+            return inner(*args, **kwargs)
+        raw: list[Any] = []
+
+        def compute(streams: Streams) -> Streams:
+            a, k = block.io.replace(args, kwargs, streams)
+            raw.append(inner(*a, **k))
+            return block.io.outputs(raw[-1])
+
+        after = method.around_block(run, block, block.io.read(args, kwargs), compute)
+        return block.io.write(after, raw[-1] if raw else None)
+
+    return handle
+
+
+def _attention_handler(session: Session, site: AttentionSite, methods: list[Method[Any]]) -> Any:
+    """The seam of one attention module."""
+
+    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = session.run
+        if run is None or run.call is None:
+            return inner(*args, **kwargs)
+        with AttentionTap(run, site, methods) as tap:
+            result = inner(*args, **kwargs)
+        if not tap.calls:
+            run.warn(f"attention {site.name} does not use scaled_dot_product_attention: methods had no effect on it")
+        return result
+
+    return handle
+
+
+def _linear_handler(session: Session, path: str, module: nn.Module, method: Method[Any]) -> Any:
+    """The seam of one linear layer."""
+
+    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = session.run
+        if run is None or run.call is None:
+            return inner(*args, **kwargs)
+        return method.around_linear(run, path, module, args[0], lambda x: inner(x, *args[1:], **kwargs))
+
+    return handle

@@ -1,0 +1,1 @@
+"""Methods that change which tokens an attention or block works on."""

@@ -1,0 +1,1 @@
+"""Train the bundled models: ``python -m diffeff.zoo.train NAME [--minutes M]``."""
