@@ -50,7 +50,9 @@ def enlarge(clip: Clip, factor: int) -> Clip:
 def check_target(path: Path) -> None:
     """Raise OutputError before any work is done if `write` could not write there."""
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}")
+        raise OutputError(
+            f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}"
+        )
     if path.is_dir():
         raise OutputError(f"cannot write {path}: a folder of that name is there. Choose another name.")
     try:
@@ -68,9 +70,15 @@ def write(path: Path, clip: Clip, fps: int = 8) -> Path:
     repeated row or column. gif loops. png is lossless: a still, or a row of all frames.
     Raises OutputError for a place that cannot be written and for an unknown suffix.
     """
-    writers: dict[str, Callable[[Path, Clip, int], None]] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+    writers: dict[str, Callable[[Path, Clip, int], None]] = {
+        ".mp4": _write_mp4,
+        ".gif": _write_gif,
+        ".png": _write_png,
+    }
     if path.suffix.lower() not in writers:
-        raise OutputError(f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}")
+        raise OutputError(
+            f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}"
+        )
     with replacing(path) as temporary:
         writers[path.suffix.lower()](temporary, clip, fps)
     return path
@@ -85,7 +93,9 @@ def _write_mp4(path: Path, clip: Clip, fps: int) -> None:
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.time_base = Fraction(1, fps)
         for image in even:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+            )
         container.mux(stream.encode(None))
 
 

@@ -53,7 +53,8 @@ def contact_sheet(clips: Mapping[str, Clip], title: str = "", smallest: int = 12
     side, head = _label_width(clips), 34 + (34 if title else 0)
     title = textwrap.shorten(title, 140, placeholder=" ...")
     sheet = _canvas(
-        head + len(rows) * (cell_h + _MARGIN), max(side + len(picked) * (cell_w + 4) + _MARGIN, _width(title, 17))
+        head + len(rows) * (cell_h + _MARGIN),
+        max(side + len(picked) * (cell_w + 4) + _MARGIN, _width(title, 17)),
     )
     sheet = _text(sheet, (_MARGIN, 26), title, 17, "lm")
     for i, (label, clip) in enumerate(clips.items()):
@@ -64,7 +65,14 @@ def contact_sheet(clips: Mapping[str, Clip], title: str = "", smallest: int = 12
             sheet[top : top + cell_h, left : left + cell_w] = frame
     if count > 1:
         for j, number in enumerate(picked):
-            sheet = _text(sheet, (side + j * (cell_w + 4) + cell_w // 2, head - 14), str(number + 1), 13, "mm", ink=_FAINT)
+            sheet = _text(
+                sheet,
+                (side + j * (cell_w + 4) + cell_w // 2, head - 14),
+                str(number + 1),
+                13,
+                "mm",
+                ink=_FAINT,
+            )
     return sheet[None]
 
 

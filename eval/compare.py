@@ -109,9 +109,14 @@ class Comparison:
         """A table of the arms, what the plan did, and how far the figures reach."""
         seen = list(self.plain.adherence or {})
         head = ["", "steps", "seconds", "speed-up", "PSNR to plain", "max abs difference", *seen]
-        rows = [_row([_title(arm, self.plan), *_figures(arm, self.rounds), *_words(arm, seen)]) for arm in self.arms]
+        rows = [
+            _row([_title(arm, self.plan), *_figures(arm, self.rounds), *_words(arm, seen)])
+            for arm in self.arms
+        ]
         notes = [f"- {note}" for note in self.notes]
-        return "\n".join([_row(head), _row(["---"] * len(head)), *rows, "", *notes, "", self.report.to_markdown()])
+        return "\n".join(
+            [_row(head), _row(["---"] * len(head)), *rows, "", *notes, "", self.report.to_markdown()]
+        )
 
 
 def compare(
@@ -146,7 +151,9 @@ def compare(
 class _Bench:
     """The arms of one comparison and their times so far."""
 
-    def __init__(self, pipe: DiffEffPipeline, plan: Plan, generate: Generate, observe: Callable[[str, Frames], None]):
+    def __init__(
+        self, pipe: DiffEffPipeline, plan: Plan, generate: Generate, observe: Callable[[str, Frames], None]
+    ):
         self.pipe, self.plan, self.generate, self.observe = pipe, plan, generate, observe
         self.steps: dict[str, int] = {}
         self.frames: dict[str, Frames] = {}
@@ -190,7 +197,15 @@ class _Bench:
         plain, frames, times = self.frames["plain"], self.frames[name], self.times[name]
         ratios = [a / b for a, b in zip(self.times["plain"], times, strict=True)]
         fidelity = psnr(plain, frames), max_abs(plain, frames)
-        return Arm(name, self.steps[name], Spread.of(times), Spread.of(ratios), *fidelity, adherence_of(scene, frames), frames)
+        return Arm(
+            name,
+            self.steps[name],
+            Spread.of(times),
+            Spread.of(ratios),
+            *fidelity,
+            adherence_of(scene, frames),
+            frames,
+        )
 
     def result(self, rounds: int, scene: Scene | None) -> Comparison:
         arms = {name: self.arm(name, scene) for name in self.steps}
@@ -225,7 +240,9 @@ def adherence_of(scene: Scene | None, frames: Frames) -> dict[str, bool] | None:
 def _notes(accelerated: Arm, fewer: Arm | None, scene: Scene | None) -> tuple[str, ...]:
     notes = ["one prompt and one seed: an example, not a benchmark"]
     if scene is None:
-        notes.append("adherence is not measurable here: it needs a bundled sprites model and a caption of its world")
+        notes.append(
+            "adherence is not measurable here: it needs a bundled sprites model and a caption of its world"
+        )
     if fewer is None:
         notes.append("no smaller number of plain steps costs as little: the plan saved too little time")
     elif fewer.psnr > accelerated.psnr:

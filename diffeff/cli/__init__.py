@@ -36,18 +36,20 @@ diffeff generate "a blue cross moving up, camera static" --feature-cache.interva
 Every command has its own --help. Those with --json print one JSON object on stdout and everything else on stderr."""
 
 app = typer.Typer(
-    cls=LateCommands, help=_HELP, epilog=EPILOG, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+    cls=LateCommands,
+    help=_HELP,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
 )
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from diffeff import __version__
 
-        try:
-            typer.echo(f"diffeff {version('diffeff')}")
-        except PackageNotFoundError:
-            typer.echo("diffeff (a checkout that is not installed)")
+        typer.echo(f"diffeff {__version__}")
         raise typer.Exit
 
 
@@ -57,7 +59,10 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the full log; works after the command's name, too.")
+        bool,
+        typer.Option(
+            "--debug", help="Show tracebacks and the full log; works after the command's name, too."
+        ),
     ] = False,
 ) -> None:
     pass

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,12 +19,19 @@ __all__ = ["complain", "emit", "err", "out", "quiet_libraries", "start_logging",
 
 def out() -> Console:
     """The console of results. Made per use, so that it writes to whatever stdout is at that moment."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _console(sys.stdout)
 
 
 def err() -> Console:
     """The console of progress, warnings and errors."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(sys.stderr)
+
+
+def _console(stream: TextIO) -> Console:
+    """In a pipe or a file, lines are not wrapped and tables get room."""
+    piped = not stream.isatty()
+    width = 140 if piped and "COLUMNS" not in os.environ else None
+    return Console(file=stream, highlight=False, soft_wrap=piped, width=width)
 
 
 def emit(data: Mapping[str, Any]) -> None:

@@ -27,7 +27,9 @@ _DOT = "__of__"
 
 
 def command(
-    request: type[RequestT], run: Callable[[RequestT, dict[str, Any]], None], methods: Mapping[str, type[Config]]
+    request: type[RequestT],
+    run: Callable[[RequestT, dict[str, Any]], None],
+    methods: Mapping[str, type[Config]],
 ) -> Callable[..., None]:
     """A function for typer whose parameters are the fields of the dataclass `request` and a flag per method option.
 
@@ -53,10 +55,16 @@ def flagged_plan(plan: Plan, given: Mapping[str, Any], methods: Mapping[str, typ
     """
     entries = [config.to_dict() for config in plan.methods]
     for name, config in methods.items():
-        options = {k.name: _value(k, given[name + _DOT + k.name]) for k in knobs(config) if name + _DOT + k.name in given}
+        options = {
+            k.name: _value(k, given[name + _DOT + k.name])
+            for k in knobs(config)
+            if name + _DOT + k.name in given
+        }
         if given.get(name) is False:
             if options:
-                raise ConfigError(f"--no-{_dashed(name)} and an option of {name} exclude each other; leave one out")
+                raise ConfigError(
+                    f"--no-{_dashed(name)} and an option of {name} exclude each other; leave one out"
+                )
             entries = [entry for entry in entries if entry["use"] != name]
         elif options or given.get(name):
             if not any(entry["use"] == name for entry in entries):
@@ -86,7 +94,9 @@ def _annotation(flag: str, knob: Knob, panel: str) -> Any:
     option = f"--{flag}.{_dashed(knob.name)}"
     decl = f"{option}/--no-{flag}.{_dashed(knob.name)}" if knob.type is bool else option
     text = escape(f"{knob.help} ({_allowed(knob)})")
-    return Annotated[_kind(knob) | None, typer.Option(decl, help=text, rich_help_panel=panel, metavar=_metavar(knob))]
+    return Annotated[
+        _kind(knob) | None, typer.Option(decl, help=text, rich_help_panel=panel, metavar=_metavar(knob))
+    ]
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
@@ -105,7 +115,11 @@ def _may_unset(knob: Knob) -> bool:
 
 
 def _metavar(knob: Knob) -> str | None:
-    return None if knob.choices or knob.type is bool else ("A,B,..." if knob.type is tuple else knob.type.__name__.upper())
+    return (
+        None
+        if knob.choices or knob.type is bool
+        else ("A,B,..." if knob.type is tuple else knob.type.__name__.upper())
+    )
 
 
 def _allowed(knob: Knob) -> str:

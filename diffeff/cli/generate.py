@@ -68,7 +68,12 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """What is run, in words a program can read."""
         call_ = {k: v for k, v in self.options.items() if k != "output_type"}
-        return {"model": self.request.model, "seed": self.request.seed, "call": call_, "plan": self.plan.to_dict()}
+        return {
+            "model": self.request.model,
+            "seed": self.request.seed,
+            "call": call_,
+            "plan": self.plan.to_dict(),
+        }
 
     def run(self, pipe: DiffEffPipeline, steps: int, name: str = "") -> NDArray[np.float32]:
         label = "plain, fewer steps" if name == "fewer" else name
@@ -123,7 +128,9 @@ def _placement(request: Request) -> tuple[str, Any]:
 
     device: str = request.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     dtype: str = request.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
@@ -146,9 +153,15 @@ def _single(job: _Job) -> tuple[dict[str, Any], list[str]]:
     count, height, width, _ = frames.shape
     lines = [escape(str(report))] if report is not None else []
     lines += [f"adherence: {words(seen)}"]
-    lines += [f"[bold]{escape(str(job.output))}[/]  {width}x{height}" + (f", {count} frames" if count > 1 else "")]
+    lines += [
+        f"[bold]{escape(str(job.output))}[/]  {width}x{height}" + (f", {count} frames" if count > 1 else "")
+    ]
     files = {"output": str(job.output)}
-    return job.settings | {"report": report.to_dict() if report else None, "adherence": seen, "files": files}, lines
+    return job.settings | {
+        "report": report.to_dict() if report else None,
+        "adherence": seen,
+        "files": files,
+    }, lines
 
 
 def _compare(job: _Job) -> tuple[dict[str, Any], list[str]]:
@@ -157,8 +170,16 @@ def _compare(job: _Job) -> tuple[dict[str, Any], list[str]]:
 
     request, files = job.request, Files(job.output, job.request.fps, job.request.enlarge)
     result = compare(
-        job.pipe, job.plan, job.run, job.steps, rounds=request.rounds, scene=scene_of(request), observe=files.arm
+        job.pipe,
+        job.plan,
+        job.run,
+        job.steps,
+        rounds=request.rounds,
+        scene=scene_of(request),
+        observe=files.arm,
     )
     subject = f"class {request.label}" if request.prompt is None else request.prompt
     files.comparison(result, f"{subject}   ({request.model}, seed {request.seed})", job.settings)
-    return job.settings | {"comparison": result.to_dict(), "files": files.written}, summary(result, files.written)
+    return job.settings | {"comparison": result.to_dict(), "files": files.written}, summary(
+        result, files.written
+    )

@@ -22,6 +22,7 @@ EPILOG = (
     "130 interrupted."
 )
 
+
 def alone(function: Callable[..., None], text: str) -> typer.Typer:
     """An app of one command, as a command module's `build` returns it."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)

@@ -42,7 +42,10 @@ class Files:
         self._keep("contact_sheet", write(self.beside("sheet", ".png"), contact_sheet(_rows(result), title)))
         record = json.dumps({**settings, "comparison": result.to_dict()}, indent=2) + "\n"
         self._keep("report_json", write_text(self.beside("report", ".json"), record))
-        self._keep("report_markdown", write_text(self.beside("report", ".md"), f"# {title}\n\n{result.to_markdown()}"))
+        self._keep(
+            "report_markdown",
+            write_text(self.beside("report", ".md"), f"# {title}\n\n{result.to_markdown()}"),
+        )
 
     def _keep(self, name: str, path: Path) -> None:
         self.written[name] = str(path)
@@ -58,7 +61,9 @@ def summary(result: Comparison, files: Mapping[str, str]) -> list[str]:
     ]
     if result.fewer is not None:
         lines.append(f"plain with {result.fewer.steps} steps, about the same cost: {_fidelity(result.fewer)}")
-    lines += [f"adherence, {arm.name}: {words(arm.adherence)}" for arm in result.arms if arm.adherence is not None]
+    lines += [
+        f"adherence, {arm.name}: {words(arm.adherence)}" for arm in result.arms if arm.adherence is not None
+    ]
     lines += [f"{outcome.method}: {escape(outcome.reason)}" for outcome in result.report.methods]
     lines += [f"[dim]note: {escape(note)}[/]" for note in result.notes]
     return lines + [f"{name.replace('_', ' '):>15}  [bold]{escape(path)}[/]" for name, path in files.items()]
@@ -88,7 +93,9 @@ def _rows(result: Comparison) -> dict[str, Clip]:
         frames = to_bytes(arm.frames)
         rows[f"{_label(arm)}\n{_speed(arm)}"] = frames
         if arm.name != "plain":
-            rows[f"|difference| x 4\n{_decibels(arm)}" + (" " if arm.name == "fewer" else "")] = difference(plain, frames)
+            rows[f"|difference| x 4\n{_decibels(arm)}" + (" " if arm.name == "fewer" else "")] = difference(
+                plain, frames
+            )
     return rows
 
 

@@ -95,7 +95,9 @@ def _print(plan: Plan, rows: list[PlanCheck], model: str | None) -> None:
     console = out()
     console.print(escape(str(plan)))
     if model is None:
-        console.print("The plan reads well. Give -m MODEL to see what it would act on and whether its methods agree.")
+        console.print(
+            "The plan reads well. Give -m MODEL to see what it would act on and whether its methods agree."
+        )
         return
     shown = table("method", "applies", "what it acts on, or why not")
     for row in rows:

@@ -34,14 +34,20 @@ class Request:
     model: Annotated[
         str, typer.Option("-m", "--model", help="A bundled model (diffeff models), a folder, or a hub id.")
     ] = DEFAULT_MODEL
-    plan: Annotated[str | None, typer.Option(help="A preset (lossless, high, balanced, fast) or a plan file.")] = None
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number if left out.")] = None
+    plan: Annotated[
+        str | None, typer.Option(help="A preset (lossless, high, balanced, fast) or a plan file.")
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; the model's own number if left out.")
+    ] = None
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None
     negative: Annotated[str | None, typer.Option(help="What to keep away from.")] = None
-    label: Annotated[str | None, typer.Option("--class", help="Class of a class-conditional model (digits-dit).")] = None
+    label: Annotated[
+        str | None, typer.Option("--class", help="Class of a class-conditional model (digits-dit).")
+    ] = None
     device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto"
     dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto"
     output: Annotated[
@@ -50,10 +56,16 @@ class Request:
     ] = None
     fps: Annotated[int, typer.Option(min=1, max=120, help="Frames per second.", rich_help_panel=_FILES)] = 8
     enlarge: Annotated[
-        int, typer.Option(min=1, max=32, help="Repeat each pixel so many times, to view tiny clips.", rich_help_panel=_FILES)
+        int,
+        typer.Option(
+            min=1, max=32, help="Repeat each pixel so many times, to view tiny clips.", rich_help_panel=_FILES
+        ),
     ] = 1
     json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES)
+        bool,
+        typer.Option(
+            "--json", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES
+        ),
     ] = False
     compare: Annotated[
         bool,
@@ -107,9 +119,13 @@ def _asked(request: Request) -> dict[str, Any]:
 def _subject(request: Request, pipe: DiffEffPipeline, takes: dict[str, Any]) -> dict[str, Any]:
     if "class_labels" not in takes:
         if request.label is not None:
-            raise ConfigError(f"{type(pipe.wrapped).__name__} is not class-conditional: give a prompt, not --class")
+            raise ConfigError(
+                f"{type(pipe.wrapped).__name__} is not class-conditional: give a prompt, not --class"
+            )
         if request.prompt is None:
-            raise ConfigError('a prompt is missing: diffeff generate "a red circle moving left, camera static"')
+            raise ConfigError(
+                'a prompt is missing: diffeff generate "a red circle moving left, camera static"'
+            )
         return {"prompt": request.prompt}
     label = request.prompt if request.label is None else request.label
     if label is None:

@@ -167,7 +167,7 @@ def save_half(pipeline: Any, out: Path, extra: Callable[[Path], None] | None = N
     for weights in built.rglob("*.safetensors"):
         halve(weights)
     for config in built.rglob("config.json"):
-        _forget_precision(config)
+        _settle_config(config)
     if extra is not None:
         extra(built)
     publish(built, out)
@@ -181,11 +181,12 @@ def halve(weights: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def _forget_precision(config: Path) -> None:
-    """Say float16 where transformers recorded the precision of training, and drop machine-specific paths."""
+def _settle_config(config: Path) -> None:
+    """Drop machine-specific paths. transformers loads in the precision its config names and diffusers in
+    float32 unless told, so the config says float32 and a plain `from_pretrained` gets one precision."""
     facts = json.loads(config.read_text(encoding="utf-8"))
     for key in ("dtype", "torch_dtype"):
         if key in facts:
-            facts[key] = "float16"
+            facts[key] = "float32"
     facts.pop("_name_or_path", None)
     config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")

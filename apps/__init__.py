@@ -1,0 +1,1 @@
+"""Interfaces on top of the toolkit: web UI and ComfyUI nodes."""

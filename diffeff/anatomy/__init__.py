@@ -1,0 +1,1 @@
+"""One declarative file per model family: where its blocks, attentions, streams, grid and guidance branches are."""

@@ -1,0 +1,1 @@
+"""Measuring: fidelity, comparison with plain diffusers, benchmarks."""

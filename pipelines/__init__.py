@@ -1,0 +1,1 @@
+"""Ready workflows that need a loop of their own, built on methods."""
