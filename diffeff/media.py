@@ -1,6 +1,6 @@
-"""Clips on disk: write and read mp4, gif and png. A clip is uint8 `[frames, height, width, 3]`; a still has one frame.
+"""Clips on disk: mp4, gif and png. A clip is uint8 `[frames, height, width, 3]`; a still has one frame.
 
-Every file is written beside its place and moved in when it is whole, so an interrupted run leaves no broken file.
+A file is written beside its place and moved in when it is whole: an interrupted run leaves no broken file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUFFIXES = (".mp4", ".gif", ".png")
 
 
 def frames_of(output: Any) -> NDArray[np.float32]:
-    """The first clip or image of a pipeline's output (`output_type="np"`) as float32 `[frames, height, width, 3]`.
+    """First clip or image of a pipeline's output (`output_type="np"`), float32 `[frames, height, width, 3]`.
 
     Not-a-number pixels stay what they are, so that a caller can tell a broken result from a dark one.
     """
@@ -35,11 +35,10 @@ def frames_of(output: Any) -> NDArray[np.float32]:
     return array if array.ndim == 4 else array[None]
 
 
-def to_bytes(frames: NDArray[Any]) -> Clip:
+def to_bytes(frames: NDArray[np.floating[Any]]) -> Clip:
     """Values in [0, 1] as uint8, rounded; not-a-number becomes black."""
-    if frames.dtype == np.uint8:
-        return frames
-    return (np.nan_to_num(frames).clip(0, 1) * 255).round().astype(np.uint8)
+    pixels: Clip = (np.nan_to_num(frames).clip(0, 1) * 255).round().astype(np.uint8)
+    return pixels
 
 
 def enlarge(clip: Clip, factor: int) -> Clip:
@@ -50,9 +49,7 @@ def enlarge(clip: Clip, factor: int) -> Clip:
 def check_target(path: Path) -> None:
     """Raise OutputError before any work is done if `write` could not write there."""
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(
-            f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}"
-        )
+        raise OutputError(f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}")
     if path.is_dir():
         raise OutputError(f"cannot write {path}: a folder of that name is there. Choose another name.")
     try:
@@ -66,8 +63,8 @@ def check_target(path: Path) -> None:
 def write(path: Path, clip: Clip, fps: int = 8) -> Path:
     """Write a clip; the suffix chooses the format.
 
-    mp4 is H.264 with 4:2:0 colour, which every player and browser shows; an odd width or height is padded by one
-    repeated row or column. gif loops. png is lossless: a still, or a row of all frames.
+    mp4 is H.264 with 4:2:0 colour, which every player and browser shows; an odd width or height is padded by
+    one repeated row or column. gif loops. png is lossless: a still, or a row of all frames.
     Raises OutputError for a place that cannot be written and for an unknown suffix.
     """
     writers: dict[str, Callable[[Path, Clip, int], None]] = {
@@ -76,9 +73,7 @@ def write(path: Path, clip: Clip, fps: int = 8) -> Path:
         ".png": _write_png,
     }
     if path.suffix.lower() not in writers:
-        raise OutputError(
-            f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}"
-        )
+        raise OutputError(f"cannot write {path}: {path.suffix or 'no suffix'} is not known. {nearest('', SUFFIXES)}")
     with replacing(path) as temporary:
         writers[path.suffix.lower()](temporary, clip, fps)
     return path
@@ -93,9 +88,7 @@ def _write_mp4(path: Path, clip: Clip, fps: int) -> None:
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.time_base = Fraction(1, fps)
         for image in even:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode(None))
 
 

@@ -1,7 +1,7 @@
-"""Plain against accelerated at one prompt and seed: time, fidelity, adherence, and plain with fewer steps beside them.
+"""Plain against accelerated at one prompt and seed: time, fidelity, adherence; plain with fewer steps, too.
 
-Protocol: every arm runs once untimed (warm-up, and the frames), then the arms take turns in one process, in reversed
-order every other round. A speed-up is the median over rounds of that round's ratio to plain, with its spread.
+Protocol: every arm runs once untimed (warm-up, and the frames), then the arms take turns in one process, in
+reversed order every other round. A speed-up is the median over rounds of that round's ratio to plain, with its spread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Arm", "Comparison", "Spread", "adherence_of", "compare", "fewer_step
 
 Frames = NDArray[np.float32]
 Generate = Callable[[DiffEffPipeline, int, str], Frames]
-"""Runs the pipeline at a number of steps, always with the same seed; returns float frames `[F, H, W, 3]` in [0, 1].
+"""Runs the pipeline at a number of steps, always with one seed; returns float frames `[F, H, W, 3]` in [0, 1].
 The last argument is the arm's name (plain, accelerated, fewer), for showing progress."""
 
 
@@ -50,7 +50,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make the clip. `psnr` (dB) and `max_abs` are against the plain arm; inf and 0 when identical.
+    """One way to make the clip. `psnr` (dB) and `max_abs` are against plain; inf and 0 when identical.
 
     `adherence` says per attribute of the caption whether it is right; None when that cannot be measured.
     """
@@ -109,14 +109,9 @@ class Comparison:
         """A table of the arms, what the plan did, and how far the figures reach."""
         seen = list(self.plain.adherence or {})
         head = ["", "steps", "seconds", "speed-up", "PSNR to plain", "max abs difference", *seen]
-        rows = [
-            _row([_title(arm, self.plan), *_figures(arm, self.rounds), *_words(arm, seen)])
-            for arm in self.arms
-        ]
+        rows = [_row([_title(arm, self.plan), *_figures(arm, self.rounds), *_words(arm, seen)]) for arm in self.arms]
         notes = [f"- {note}" for note in self.notes]
-        return "\n".join(
-            [_row(head), _row(["---"] * len(head)), *rows, "", *notes, "", self.report.to_markdown()]
-        )
+        return "\n".join([_row(head), _row(["---"] * len(head)), *rows, "", *notes, "", self.report.to_markdown()])
 
 
 def compare(
@@ -131,7 +126,7 @@ def compare(
 ) -> Comparison:
     """Measure what `plan` buys and costs on `pipe`, against plain and against simply using fewer steps.
 
-    `observe(name, frames)` is called as soon as the frames of an arm (plain, accelerated, fewer) exist. The pipeline
+    `observe(name, frames)` is called when the frames of an arm (plain, accelerated, fewer) exist. The pipeline
     has its own plan back afterwards, whatever happens. Costs about `3 * (rounds + 1)` runs.
     Raises what `apply` raises, and ValueError for `rounds < 1`.
     """
@@ -151,9 +146,7 @@ def compare(
 class _Bench:
     """The arms of one comparison and their times so far."""
 
-    def __init__(
-        self, pipe: DiffEffPipeline, plan: Plan, generate: Generate, observe: Callable[[str, Frames], None]
-    ):
+    def __init__(self, pipe: DiffEffPipeline, plan: Plan, generate: Generate, observe: Callable[[str, Frames], None]):
         self.pipe, self.plan, self.generate, self.observe = pipe, plan, generate, observe
         self.steps: dict[str, int] = {}
         self.frames: dict[str, Frames] = {}
@@ -217,7 +210,7 @@ class _Bench:
 
 
 def fewer_steps(steps: int, plain: float, accelerated: float, fixed: float) -> int | None:
-    """The number of plain steps that costs what the accelerated run costs; None when that would be all of them.
+    """The number of plain steps that costs what the accelerated run costs; None when that is all of them.
 
     Seconds in; `fixed` is what does not grow with the steps (encoding and decoding).
     """
@@ -227,7 +220,7 @@ def fewer_steps(steps: int, plain: float, accelerated: float, fixed: float) -> i
 
 
 def adherence_of(scene: Scene | None, frames: Frames) -> dict[str, bool] | None:
-    """Per attribute of `scene` whether the frames show it, read back from their pixels; None without a scene."""
+    """Per attribute of `scene` whether the frames show it, read from their pixels; None without a scene."""
     if scene is None:
         return None
     import torch
@@ -240,9 +233,7 @@ def adherence_of(scene: Scene | None, frames: Frames) -> dict[str, bool] | None:
 def _notes(accelerated: Arm, fewer: Arm | None, scene: Scene | None) -> tuple[str, ...]:
     notes = ["one prompt and one seed: an example, not a benchmark"]
     if scene is None:
-        notes.append(
-            "adherence is not measurable here: it needs a bundled sprites model and a caption of its world"
-        )
+        notes.append("adherence is not measurable here: it needs a bundled sprites model and a caption of its world")
     if fewer is None:
         notes.append("no smaller number of plain steps costs as little: the plan saved too little time")
     elif fewer.psnr > accelerated.psnr:

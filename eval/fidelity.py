@@ -22,7 +22,7 @@ def psnr(reference: NDArray[Any], other: NDArray[Any], peak: float = 1.0) -> flo
 
 
 def max_abs(reference: NDArray[Any], other: NDArray[Any]) -> float:
-    """Largest absolute difference of any pixel; 0 only when bit-identical. Raises ValueError for other shapes."""
+    """Largest difference of any pixel; 0 only when bit-identical. Raises ValueError for other shapes."""
     if reference.shape != other.shape:
         raise ValueError(f"max_abs needs arrays of one shape, got {reference.shape} and {other.shape}")
     return float(np.max(np.abs(reference.astype(np.float64) - other.astype(np.float64)), initial=0.0))

@@ -1,7 +1,7 @@
 """The command line. `main` is what the console script `diffeff` and `python -m diffeff` call.
 
-Each command is a module of this package with a `build()` that returns its typer app. Modules are loaded when their
-command is called, so that `diffeff --help` takes no longer than python itself.
+Each command is a module of this package with a `build()` that returns its typer app. A module is loaded when
+its command is called, so that `diffeff --help` takes no longer than python itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ diffeff methods
 diffeff inspect sprites-wan
 diffeff generate "a blue cross moving up, camera static" --feature-cache.interval 3
 
-Every command has its own --help. Those with --json print one JSON object on stdout and everything else on stderr."""
+Every command has its own --help. With --json a command prints one JSON object on stdout, all else on stderr."""
 
 app = typer.Typer(
     cls=LateCommands,
@@ -60,9 +60,7 @@ def _root(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option(
-            "--debug", help="Show tracebacks and the full log; works after the command's name, too."
-        ),
+        typer.Option("--debug", help="Show tracebacks and the full log; works after the command's name, too."),
     ] = False,
 ) -> None:
     pass

@@ -85,13 +85,9 @@ def _accelerators() -> list[dict[str, Any]]:
         major, minor = torch.cuda.get_device_capability(index)
         free, _ = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        found.append(
-            {"device": f"cuda:{index}", "name": name, "capability": f"sm_{major}{minor}", "free_bytes": free}
-        )
+        found.append({"device": f"cuda:{index}", "name": name, "capability": f"sm_{major}{minor}", "free_bytes": free})
     if torch.backends.mps.is_available():
-        found.append(
-            {"device": "mps", "name": "Apple GPU", "capability": "mps", "free_bytes": available_memory()}
-        )
+        found.append({"device": "mps", "name": "Apple GPU", "capability": "mps", "free_bytes": available_memory()})
     return found
 
 
@@ -130,9 +126,7 @@ def _show(found: dict[str, Any]) -> None:
     console.print()
     for finding in found["findings"]:
         colour = "yellow" if finding["level"] == "warning" else "cyan"
-        console.print(
-            f"[{colour}]{finding['level']}:[/] {escape(finding['what'])}\n  -> {escape(finding['cure'])}"
-        )
+        console.print(f"[{colour}]{finding['level']}:[/] {escape(finding['what'])}\n  -> {escape(finding['cure'])}")
     if not found["findings"]:
         console.print("No known trap found.")
 

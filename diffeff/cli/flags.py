@@ -1,4 +1,4 @@
-"""Command-line flags from a request's fields and from the configs of the methods: one source, this face of it.
+"""Command-line flags from a request's fields and from the configs of the methods.
 
 `--feature-cache` switches a method on, `--no-feature-cache` takes it out of the plan, and
 `--feature-cache.interval 3` sets one option (and switches the method on).
@@ -31,7 +31,7 @@ def command(
     run: Callable[[RequestT, dict[str, Any]], None],
     methods: Mapping[str, type[Config]],
 ) -> Callable[..., None]:
-    """A function for typer whose parameters are the fields of the dataclass `request` and a flag per method option.
+    """A function for typer: its parameters are the fields of the dataclass `request` and the methods' options.
 
     Called, it hands `run` the request and the flags that were given, by parameter name.
     """
@@ -49,22 +49,18 @@ def command(
 
 
 def flagged_plan(plan: Plan, given: Mapping[str, Any], methods: Mapping[str, type[Config]]) -> Plan:
-    """`plan` with the flags of `command` laid over it: methods added, taken out, or some of their options changed.
+    """`plan` with the flags of `command` laid over it: methods added, taken out, or their options changed.
 
-    Raises ConfigError for a value outside its range and for a method that is switched off and configured at once.
+    Raises ConfigError for a value outside its range, and for a method switched off and configured at once.
     """
     entries = [config.to_dict() for config in plan.methods]
     for name, config in methods.items():
         options = {
-            k.name: _value(k, given[name + _DOT + k.name])
-            for k in knobs(config)
-            if name + _DOT + k.name in given
+            k.name: _value(k, given[name + _DOT + k.name]) for k in knobs(config) if name + _DOT + k.name in given
         }
         if given.get(name) is False:
             if options:
-                raise ConfigError(
-                    f"--no-{_dashed(name)} and an option of {name} exclude each other; leave one out"
-                )
+                raise ConfigError(f"--no-{_dashed(name)} and an option of {name} exclude each other; leave one out")
             entries = [entry for entry in entries if entry["use"] != name]
         elif options or given.get(name):
             if not any(entry["use"] == name for entry in entries):
@@ -94,9 +90,7 @@ def _annotation(flag: str, knob: Knob, panel: str) -> Any:
     option = f"--{flag}.{_dashed(knob.name)}"
     decl = f"{option}/--no-{flag}.{_dashed(knob.name)}" if knob.type is bool else option
     text = escape(f"{knob.help} ({_allowed(knob)})")
-    return Annotated[
-        _kind(knob) | None, typer.Option(decl, help=text, rich_help_panel=panel, metavar=_metavar(knob))
-    ]
+    return Annotated[_kind(knob) | None, typer.Option(decl, help=text, rich_help_panel=panel, metavar=_metavar(knob))]
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
@@ -104,9 +98,9 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _kind(knob: Knob) -> Any:
-    """What typer parses. An option that may be none and is not by default is read as text, so that none can be said."""
+    """What typer parses. An option that may be none, and is not by default, is text: `none` can be said."""
     if knob.choices:
-        return Literal[(*knob.choices, "none")] if _may_unset(knob) else Literal[knob.choices]  # type: ignore[valid-type]
+        return Literal[(*knob.choices, "none")] if _may_unset(knob) else Literal[knob.choices]
     return str if knob.type is tuple or _may_unset(knob) else knob.type
 
 
@@ -116,9 +110,7 @@ def _may_unset(knob: Knob) -> bool:
 
 def _metavar(knob: Knob) -> str | None:
     return (
-        None
-        if knob.choices or knob.type is bool
-        else ("A,B,..." if knob.type is tuple else knob.type.__name__.upper())
+        None if knob.choices or knob.type is bool else ("A,B,..." if knob.type is tuple else knob.type.__name__.upper())
     )
 
 

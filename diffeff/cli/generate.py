@@ -29,8 +29,8 @@ __all__ = ["build", "generate"]
 
 HELP = """Make a clip or a picture from a prompt.
 
-Every method has flags of its own, listed below by method: --METHOD switches it on, --no-METHOD takes it out of the
-plan, --METHOD.OPTION VALUE sets one option. They are laid over --plan, or over an empty plan.
+Every method has flags of its own, listed below: --METHOD switches it on, --no-METHOD takes it out of the plan,
+--METHOD.OPTION VALUE sets one option. They are laid over --plan, or over an empty plan.
 
 [bold]Examples[/]
 
@@ -128,9 +128,7 @@ def _placement(request: Request) -> tuple[str, Any]:
 
     device: str = request.device
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype: str = request.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
@@ -153,9 +151,7 @@ def _single(job: _Job) -> tuple[dict[str, Any], list[str]]:
     count, height, width, _ = frames.shape
     lines = [escape(str(report))] if report is not None else []
     lines += [f"adherence: {words(seen)}"]
-    lines += [
-        f"[bold]{escape(str(job.output))}[/]  {width}x{height}" + (f", {count} frames" if count > 1 else "")
-    ]
+    lines += [f"[bold]{escape(str(job.output))}[/]  {width}x{height}" + (f", {count} frames" if count > 1 else "")]
     files = {"output": str(job.output)}
     return job.settings | {
         "report": report.to_dict() if report else None,
@@ -180,6 +176,4 @@ def _compare(job: _Job) -> tuple[dict[str, Any], list[str]]:
     )
     subject = f"class {request.label}" if request.prompt is None else request.prompt
     files.comparison(result, f"{subject}   ({request.model}, seed {request.seed})", job.settings)
-    return job.settings | {"comparison": result.to_dict(), "files": files.written}, summary(
-        result, files.written
-    )
+    return job.settings | {"comparison": result.to_dict(), "files": files.written}, summary(result, files.written)

@@ -1,4 +1,4 @@
-"""The command group: exit codes in one place, and commands whose modules are only loaded when they are called."""
+"""The command group: exit codes in one place, and modules of commands loaded when they are called."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["BAD_INPUT", "EPILOG", "INTERRUPTED", "NO_OUTPUT", "LateCommands", "a
 
 BAD_INPUT, NO_OUTPUT, INTERRUPTED = 3, 4, 130
 EPILOG = (
-    "Exit codes: 0 ok, 1 unexpected error, 2 wrong usage, 3 bad input, plan or model, 4 output cannot be written, "
-    "130 interrupted."
+    "Exit codes: 0 ok, 1 unexpected error, 2 wrong usage, 3 bad input, plan or model, 4 output cannot be "
+    "written, 130 interrupted."
 )
 
 
@@ -34,7 +34,7 @@ class LateCommands(TyperGroup):
     """Turns diffeff's errors into one line and an exit code, and builds a command when it is called."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take `--debug` from wherever it stands: nobody remembers on which side of the command it belongs."""
+        """Take `--debug` from wherever it stands: nobody recalls on which side of the command it belongs."""
         cut = args.index("--") if "--" in args else len(args)
         ctx.meta["diffeff.debug"] = "--debug" in args[:cut] or bool(os.environ.get("DIFFEFF_DEBUG"))
         return super().parse_args(ctx, [a for i, a in enumerate(args) if a != "--debug" or i > cut])
@@ -67,7 +67,7 @@ class LateCommands(TyperGroup):
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Our warnings as one line; those of libraries, which a user of the command line cannot act on, not at all."""
+    """Our warnings as one line; those of libraries, which the user of a command cannot act on, not at all."""
     from diffeff.errors import DiffEffWarning
 
     if issubclass(category, DiffEffWarning):

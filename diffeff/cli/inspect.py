@@ -20,8 +20,8 @@ __all__ = ["build", "inspect"]
 
 _HELP = """Describe a model: its blocks, its attentions, its guidance, and what each method could act on.
 
-Nothing is changed. A description that was guessed from diffusers' own block metadata, and not written for this family
-of models, is marked generic.
+Nothing is changed. A description that was guessed from diffusers' own block metadata, and not written for this
+family of models, is marked generic.
 
 [bold]Examples[/]
 
@@ -63,9 +63,7 @@ def _describe(pipe: DiffEffPipeline) -> dict[str, Any]:
         "family": stamp.family,
         "fingerprint": stamp.fingerprint,
         "scheduler": stamp.scheduler,
-        "parameters": {
-            name: _parameters(part) for name, part in pipe.wrapped.components.items() if _parameters(part)
-        },
+        "parameters": {name: _parameters(part) for name, part in pipe.wrapped.components.items() if _parameters(part)},
         "denoisers": [_denoiser(d) for d in described],
         "methods": [_method(name, described[0]) for name in _names()],
     }
@@ -112,9 +110,7 @@ def _method(name: str, denoiser: DenoiserMap) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     console = out()
-    console.print(
-        f"[bold]{found['pipeline']}[/]  family {found['family']}, fingerprint {found['fingerprint']}"
-    )
+    console.print(f"[bold]{found['pipeline']}[/]  family {found['family']}, fingerprint {found['fingerprint']}")
     console.print(f"scheduler {found['scheduler']}")
     sizes = ", ".join(f"{name} {_count(number)}" for name, number in found["parameters"].items())
     console.print(f"parameters: {sizes}")
@@ -133,9 +129,7 @@ def _show_denoiser(denoiser: dict[str, Any]) -> None:
     console.print(f"\n[bold]{denoiser['name']}[/]  {denoiser['class']}{guessed}")
     console.print("  blocks: " + ", ".join(f"{count} {group}" for group, count in denoiser["blocks"].items()))
     for site in denoiser["attentions"]:
-        console.print(
-            f"  attention: {site['count']} {site['kind']}, {site['heads']} heads of {site['head_dim']}"
-        )
+        console.print(f"  attention: {site['count']} {site['kind']}, {site['heads']} heads of {site['head_dim']}")
     console.print(f"  guidance: {denoiser['guidance']}")
     for note in denoiser["notes"]:
         console.print(f"  note: {escape(note)}")

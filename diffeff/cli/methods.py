@@ -42,9 +42,7 @@ def methods(
     for config in chosen.values():
         _show(config)
     if name is None:
-        out().print(
-            "\nOn the command line an option is --METHOD.OPTION VALUE, such as --feature-cache.interval 3."
-        )
+        out().print("\nOn the command line an option is --METHOD.OPTION VALUE, such as --feature-cache.interval 3.")
 
 
 def describe(config: type[Config]) -> dict[str, Any]:

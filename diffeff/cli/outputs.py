@@ -21,7 +21,7 @@ __all__ = ["Files", "summary", "words"]
 
 
 class Files:
-    """Writes everything of one comparison next to `output` and remembers where. Each file is whole or absent."""
+    """Writes all of one comparison next to `output` and remembers where. Each file is whole or absent."""
 
     def __init__(self, output: Path, fps: int, factor: int) -> None:
         self.output, self.fps, self.factor = output, fps, factor
@@ -55,15 +55,13 @@ def summary(result: Comparison, files: Mapping[str, str]) -> list[str]:
     """What came out, in a few lines of rich markup."""
     fast, plain = result.accelerated, result.plain
     lines = [
-        f"[bold]{fast.speedup.median:.2f}x[/] against plain ({fast.speedup.low:.2f} to {fast.speedup.high:.2f} over "
-        f"{result.rounds} rounds): {plain.seconds.median:.2f} s -> {fast.seconds.median:.2f} s",
+        f"[bold]{fast.speedup.median:.2f}x[/] against plain ({fast.speedup.low:.2f} to {fast.speedup.high:.2f} "
+        f"over {result.rounds} rounds): {plain.seconds.median:.2f} s -> {fast.seconds.median:.2f} s",
         f"fidelity to plain: {_fidelity(fast)}",
     ]
     if result.fewer is not None:
         lines.append(f"plain with {result.fewer.steps} steps, about the same cost: {_fidelity(result.fewer)}")
-    lines += [
-        f"adherence, {arm.name}: {words(arm.adherence)}" for arm in result.arms if arm.adherence is not None
-    ]
+    lines += [f"adherence, {arm.name}: {words(arm.adherence)}" for arm in result.arms if arm.adherence is not None]
     lines += [f"{outcome.method}: {escape(outcome.reason)}" for outcome in result.report.methods]
     lines += [f"[dim]note: {escape(note)}[/]" for note in result.notes]
     return lines + [f"{name.replace('_', ' '):>15}  [bold]{escape(path)}[/]" for name, path in files.items()]

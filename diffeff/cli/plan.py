@@ -19,8 +19,8 @@ __all__ = ["build", "check", "show"]
 
 _CHECK = """Read a plan file strictly, and with -m say what each method would act on in that model.
 
-Unknown keys and values outside their range are errors that name the nearest match. With a model, conflicts between
-methods and methods that find nothing to act on are errors, too.
+Unknown keys and values outside their range are errors that name the nearest match. With a model, conflicts
+between methods and methods that find nothing to act on are errors, too.
 
 [bold]Examples[/]
 
@@ -95,9 +95,7 @@ def _print(plan: Plan, rows: list[PlanCheck], model: str | None) -> None:
     console = out()
     console.print(escape(str(plan)))
     if model is None:
-        console.print(
-            "The plan reads well. Give -m MODEL to see what it would act on and whether its methods agree."
-        )
+        console.print("The plan reads well. Give -m MODEL to see what it would act on and whether its methods agree.")
         return
     shown = table("method", "applies", "what it acts on, or why not")
     for row in rows:

@@ -48,7 +48,7 @@ class Stages:
         self._progress.stop()
 
     def begin(self, stage: str, total: int | None = None, label: str | None = None) -> None:
-        """Show `stage`, of `total` parts where that is known; `label` says of what run, until another one does."""
+        """Show `stage`, of `total` parts where known; `label` says of what run, until another one does."""
         self._label = self._label if label is None else label
         text = f"{self._label}: {stage}" if self._label else stage
         self._progress.reset(self._task, total=total, description=text, visible=True)
@@ -60,8 +60,8 @@ class Stages:
     def watching(self, pipe: Any, label: str = "") -> Iterator[None]:
         """Show the stages of every call of a diffusers pipeline made inside the block.
 
-        All diffusers pipelines open their progress bar when the loop over the steps begins and close it before they
-        decode, so that a stand-in for that bar sees the stages without touching a module.
+        All diffusers pipelines open their progress bar when the loop over the steps begins and close it before
+        they decode, so that a stand-in for that bar sees the stages without touching a module.
         """
         self.begin("encode", label=label)
         pipe.__dict__["progress_bar"] = lambda iterable=None, total=None: _Bar(self, iterable, total)

@@ -34,20 +34,18 @@ class Request:
     model: Annotated[
         str, typer.Option("-m", "--model", help="A bundled model (diffeff models), a folder, or a hub id.")
     ] = DEFAULT_MODEL
-    plan: Annotated[
-        str | None, typer.Option(help="A preset (lossless, high, balanced, fast) or a plan file.")
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps; the model's own number if left out.")
-    ] = None
+    plan: Annotated[str | None, typer.Option(help="A preset (lossless, high, balanced, fast) or a plan file.")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number if left out.")] = (
+        None
+    )
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None
     negative: Annotated[str | None, typer.Option(help="What to keep away from.")] = None
-    label: Annotated[
-        str | None, typer.Option("--class", help="Class of a class-conditional model (digits-dit).")
-    ] = None
+    label: Annotated[str | None, typer.Option("--class", help="Class of a class-conditional model (digits-dit).")] = (
+        None
+    )
     device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto"
     dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto"
     output: Annotated[
@@ -63,22 +61,18 @@ class Request:
     ] = 1
     json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES
-        ),
+        typer.Option("--json", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES),
     ] = False
     compare: Annotated[
         bool,
         typer.Option(
             "--compare",
-            help="Also run plain at the same seed, and write videos, a contact sheet and a report beside the output. "
+            help="Also run plain at the same seed; write videos, a contact sheet and a report beside the output. "
             "Without a plan or flags it takes the preset balanced.",
             rich_help_panel=_SPEED,
         ),
     ] = False
-    rounds: Annotated[
-        int, typer.Option(min=1, max=50, help="Timed rounds of --compare.", rich_help_panel=_SPEED)
-    ] = 3
+    rounds: Annotated[int, typer.Option(min=1, max=50, help="Timed rounds of --compare.", rich_help_panel=_SPEED)] = 3
 
 
 def is_clip(pipe: DiffEffPipeline) -> bool:
@@ -87,9 +81,9 @@ def is_clip(pipe: DiffEffPipeline) -> bool:
 
 
 def call_options(request: Request, pipe: DiffEffPipeline, card: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the pipeline's call: what was asked for, over what the model's card recommends (`card`).
+    """Arguments of the pipeline's call: what was asked for, over what the model's card recommends (`card`).
 
-    Raises ConfigError for an option that this pipeline does not take, and when neither prompt nor class is given.
+    Raises ConfigError for an option that this pipeline does not take, and without prompt or class.
     """
     takes = _parameters(pipe)
     asked = _subject(request, pipe, takes) | _asked(request)
@@ -119,13 +113,9 @@ def _asked(request: Request) -> dict[str, Any]:
 def _subject(request: Request, pipe: DiffEffPipeline, takes: dict[str, Any]) -> dict[str, Any]:
     if "class_labels" not in takes:
         if request.label is not None:
-            raise ConfigError(
-                f"{type(pipe.wrapped).__name__} is not class-conditional: give a prompt, not --class"
-            )
+            raise ConfigError(f"{type(pipe.wrapped).__name__} is not class-conditional: give a prompt, not --class")
         if request.prompt is None:
-            raise ConfigError(
-                'a prompt is missing: diffeff generate "a red circle moving left, camera static"'
-            )
+            raise ConfigError('a prompt is missing: diffeff generate "a red circle moving left, camera static"')
         return {"prompt": request.prompt}
     label = request.prompt if request.label is None else request.label
     if label is None:
@@ -162,7 +152,7 @@ def recommended(model: str) -> dict[str, Any]:
 
 
 def scene_of(request: Request) -> Scene | None:
-    """The scene the caption describes, if the model is one whose results can be read back from their pixels."""
+    """The scene the caption describes, if the model is one whose results can be read back from pixels."""
     from diffeff.zoo import bundled
     from diffeff.zoo.world import Scene
 

@@ -1,4 +1,4 @@
-"""Known traps of an installation: each is looked for, and said with its cure. Found in users' issue threads."""
+"""Known traps of an installation, from users' issue threads: each is looked for, and said with its cure."""
 
 from __future__ import annotations
 
@@ -71,18 +71,14 @@ def _cpu_build() -> Finding | None:
     if shutil.which("nvidia-smi") is None or torch.version.cuda is not None:
         return None
     what = "this machine has an NVIDIA driver, but torch is a build without CUDA: everything runs on the CPU"
-    return Finding(
-        "torch-without-cuda", "warning", what, "install torch from the CUDA index that pytorch.org names"
-    )
+    return Finding("torch-without-cuda", "warning", what, "install torch from the CUDA index that pytorch.org names")
 
 
 def _fidelity_without_vision() -> Finding | None:
     if installed("torch-fidelity") is None or installed("torchvision") is not None:
         return None
     what = "torch-fidelity is installed without torchvision: importing torchmetrics' image metrics then fails"
-    return Finding(
-        "torch-fidelity", "warning", what, "pip install torchvision, or pip uninstall torch-fidelity"
-    )
+    return Finding("torch-fidelity", "warning", what, "pip install torchvision, or pip uninstall torch-fidelity")
 
 
 def _shadowed_kernels() -> Finding | None:
@@ -92,20 +88,14 @@ def _shadowed_kernels() -> Finding | None:
         return None
     level: Literal["warning", "note"] = "note" if distribution("kernels") is None else "warning"
     what = "the folder kernels of this checkout is found before the Hugging Face package of that name"
-    return Finding(
-        "kernels-shadowed", level, what, "start python from another folder, or set PYTHONSAFEPATH=1"
-    )
+    return Finding("kernels-shadowed", level, what, "start python from another folder, or set PYTHONSAFEPATH=1")
 
 
 def _torchao() -> Finding | None:
     if installed("torchao") is None:
         return None
-    what = (
-        f"torchao {installed('torchao')} prints on stderr when diffusers imports it, also where all is well"
-    )
-    return Finding(
-        "torchao-noise", "note", what, "ignore lines about skipped C++ extensions; stdout stays clean"
-    )
+    what = f"torchao {installed('torchao')} prints on stderr when diffusers imports it, also where all is well"
+    return Finding("torchao-noise", "note", what, "ignore lines about skipped C++ extensions; stdout stays clean")
 
 
 def _rivals() -> Finding | None:
@@ -126,9 +116,7 @@ def _offline() -> Finding | None:
     if not names:
         return None
     what = f"{' and '.join(names)} is set: hub ids load only what is in the local cache already"
-    return Finding(
-        "offline", "note", what, "unset it to download; bundled models and folders need no network"
-    )
+    return Finding("offline", "note", what, "unset it to download; bundled models and folders need no network")
 
 
 def _memory() -> Finding | None:
@@ -136,9 +124,7 @@ def _memory() -> Finding | None:
     if free is None or free >= _LOW_MEMORY:
         return None
     what = f"only {free / 2**30:.1f} GiB of memory are free: larger models will be killed while they load"
-    return Finding(
-        "low-memory", "warning", what, "close other programs, or use a smaller or a quantised model"
-    )
+    return Finding("low-memory", "warning", what, "close other programs, or use a smaller or a quantised model")
 
 
 def _disk() -> Finding | None:

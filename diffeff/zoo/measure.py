@@ -150,9 +150,7 @@ def _normalised(mask: Tensor) -> Tensor:
     axis = (torch.arange(_TEMPLATE) + 0.5) / _TEMPLATE * 2 - 1
     x = (centre[:, 0, None] + half[:, None] * axis) / width * 2 - 1
     y = (centre[:, 1, None] + half[:, None] * axis) / height * 2 - 1
-    grid = torch.stack(
-        (x[:, None, :].expand(-1, _TEMPLATE, -1), y[:, :, None].expand(-1, -1, _TEMPLATE)), dim=-1
-    )
+    grid = torch.stack((x[:, None, :].expand(-1, _TEMPLATE, -1), y[:, :, None].expand(-1, -1, _TEMPLATE)), dim=-1)
     return F.grid_sample(mask.float().unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 

@@ -310,9 +310,7 @@ def render(
     return clip, Truth(centre=centre, mask=mask, pan=pan * size / REFERENCE_SIZE, zoom=zoom)
 
 
-def sample_scenes(
-    pool: Sequence[Scene], count: int, generator: torch.Generator | None = None
-) -> list[Scene]:
+def sample_scenes(pool: Sequence[Scene], count: int, generator: torch.Generator | None = None) -> list[Scene]:
     """Draw `count` scenes from `pool` with replacement."""
     device = "cpu" if generator is None else generator.device
     picks = torch.randint(len(pool), (count,), generator=generator, device=device)

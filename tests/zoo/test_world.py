@@ -53,7 +53,7 @@ def test_foreign_captions_are_refused(text: str) -> None:
 
 
 def test_a_wrong_word_is_named() -> None:
-    with pytest.raises(ValueError, match="Scene.shape='square'"):
+    with pytest.raises(ValueError, match=r"Scene\.shape='square'"):
         Scene("red", "square")
 
 
@@ -79,7 +79,8 @@ def test_render_is_deterministic_per_seed() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (3, 9, 3, 64, 64)
-    assert first.min() >= 0 and first.max() <= 1
+    assert first.min() >= 0
+    assert first.max() <= 1
 
 
 @pytest.mark.parametrize(("frames", "size"), [(1, 64), (5, 32), (17, 96)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffeff.kernels.int8_linear import choose_kernel, int8_linear, pack, row_bucket
+from diffeff.kernels.int8_linear import choose_kernel, dequantise, int8_linear, pack, row_bucket
 
 __all__ = ["Original", "QLinear"]
 
@@ -51,29 +50,17 @@ class Original:
     def restore(self, device: torch.device, dtype: torch.dtype) -> nn.Linear:
         """The original module, on the device and in the dtype to which its stand-in was moved in the meantime."""
         self.weight(device)
-        return self.module.to(device=device, dtype=dtype)
+        return self.module if dtype is self.dtype else self.module.to(dtype)
 
     @property
-    def bytes(self) -> tuple[int, int]:
-        """Bytes kept in main memory, and in files, for the undo."""
-        size = self.shape.numel() * self.dtype.itemsize
-        return (0, size) if self.file is not None and self.file.exists() else (size, 0)
+    def nbytes(self) -> int:
+        """Bytes of the float weight."""
+        return self.shape.numel() * self.dtype.itemsize
 
-
-@dataclass(frozen=True)
-class Kernels:
-    """Which kernels a layer may use: `among` in order of preference; `float` among them allows the original weight."""
-
-    among: tuple[str, ...]
-
-
-@dataclass
-class Choice:
-    """The kernel of one shape and the dtype it was chosen for."""
-
-    kernel: str
-    rows: int
-    dtype: torch.dtype = field(repr=False)
+    @property
+    def kept(self) -> tuple[str, int]:
+        """Where the weight waits for the undo (memory or disk), and its bytes."""
+        return ("disk" if self.file is not None and self.file.exists() else "memory"), self.nbytes
 
 
 class QLinear(nn.Module):
@@ -88,7 +75,7 @@ class QLinear(nn.Module):
     bias: nn.Parameter | None
     _dtype_probe: Tensor
 
-    def __init__(self, original: Original, qweight: Tensor, scale: Tensor, kernels: Kernels) -> None:
+    def __init__(self, original: Original, qweight: Tensor, scale: Tensor, among: tuple[str, ...]) -> None:
         super().__init__()
         source = original.module
         self.in_features, self.out_features = source.in_features, source.out_features
@@ -97,7 +84,8 @@ class QLinear(nn.Module):
         self.register_buffer("_dtype_probe", torch.empty(0, dtype=original.dtype, device=qweight.device), False)
         bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", bias)
-        self.kernels = kernels
+        self.among = among
+        """The kernels it may use, the preferred one first; `float` stands for the original weight."""
         self.choices: dict[tuple[int, torch.dtype], str] = {}
         """The kernel in use by (row bucket, dtype)."""
         self._original = (original,)  # in a tuple: not a submodule, so absent from state_dict and `.to`
@@ -118,7 +106,12 @@ class QLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight this layer multiplies with, dequantised anew at each access: for code that reads its dtype, device
         or shape, or fuses projections."""
-        return (self.qweight.float() * self.weight_scale[:, None]).to(self.dtype)
+        return dequantise(self.qweight, self.weight_scale, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the int8 weight, its scales and the copy that `aten_dynamic` makes of them."""
+        return (self.qweight.nbytes + self.weight_scale.nbytes) * (1 + len(self._packed))
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self._kernel(x)
@@ -137,7 +130,7 @@ class QLinear(nn.Module):
         key = (row_bucket(rows, x.device), x.dtype)
         if key not in self.choices:
             self.choices[key] = choose_kernel(
-                rows, self.in_features, self.out_features, x.dtype, x.device, self.kernels.among
+                rows, self.in_features, self.out_features, x.dtype, x.device, self.among
             )
         return self.choices[key]
 

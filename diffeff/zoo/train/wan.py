@@ -669,7 +669,15 @@ def export(run: Run) -> None:
     # fp16 halves the download; the text encoder is tiny, and transformers would load it in the saved type.
     for name, module in (("transformer", run.joint.transformer), ("vae", run.vae)):
         copy.deepcopy(module).half().save_pretrained(built / name, safe_serialization=True)
+    _name_tokenizer_portably(built)
     publish(built, run.options.out)
+
+
+def _name_tokenizer_portably(folder: Path) -> None:
+    """transformers 5 records a class name that transformers 4 lacks; this one exists in both."""
+    for path in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
 
 
 def train(options: TrainOptions) -> None:

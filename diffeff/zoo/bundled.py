@@ -1,0 +1,97 @@
+"""Bundled pipelines: small, really trained, offline.
+
+    pipe = bundled.load("sprites-sd")
+    best = bundled.recommended("sprites-sd")
+    image = pipe("a red circle", num_inference_steps=best.steps, guidance_scale=best.guidance).images[0]
+
+Each folder under `models/` is a plain diffusers pipeline with a card (`card.json`, `README.md`) of what was
+measured. A folder may instead hold an adapter and name the bundled pipeline it belongs to in `base.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+#: Every bundled model.
+NAMES: tuple[str, ...] = ("digits-dit", "sprites-sd", "sprites-motion", "sprites-wan")
+
+_MODELS = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommended:
+    """Settings a model was scored with: sampling steps, guidance scale, frame size in pixels, frames."""
+
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    frames: int = 1
+
+
+def path(name: str) -> Path:
+    """The folder of a bundled model.
+
+    Raises:
+        ValueError: `name` is not one of NAMES.
+        FileNotFoundError: this installation lacks its files.
+    """
+    if name not in NAMES:
+        raise ValueError(f"no bundled model {name!r}; there are {', '.join(NAMES)}")
+    folder = _MODELS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing; `python -m diffeff.zoo.train {name} --out {folder}` makes it")
+    return folder
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is known about a model: its pipeline class, recommended settings and measured scores."""
+    facts: dict[str, Any] = json.loads((path(name) / "card.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def recommended(name: str) -> Recommended:
+    """The settings on the card."""
+    fields = card(name)["recommended"]
+    known = {key: fields[key] for key in Recommended.__dataclass_fields__ if key in fields}
+    return Recommended(**known)
+
+
+def load(name: str, **kwargs: Any) -> DiffusionPipeline:
+    """Load a bundled pipeline without touching the network; `kwargs` go to diffusers' `from_pretrained`.
+
+    Takes under a second or two. Weights are stored in fp16 and load in fp32 unless `torch_dtype` is given.
+    """
+    folder = path(name)
+    if (folder / "base.json").exists():
+        return _with_adapter(folder, **kwargs)
+    return _pretrained(folder, **kwargs)
+
+
+def _pretrained(folder: Path, **kwargs: Any) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kwargs)
+    return pipeline
+
+
+def _with_adapter(folder: Path, **kwargs: Any) -> DiffusionPipeline:
+    """An `AnimateDiffPipeline` from the base model's parts and the motion adapter in `folder`."""
+    import diffusers
+
+    base_name = json.loads((folder / "base.json").read_text(encoding="utf-8"))["base"]
+    base = _pretrained(path(base_name), **kwargs)
+    precision = {key: kwargs[key] for key in ("torch_dtype",) if key in kwargs}
+    adapter = diffusers.MotionAdapter.from_pretrained(folder, local_files_only=True, **precision)
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    parts = {key: getattr(base, key) for key in ("vae", "text_encoder", "tokenizer", "unet")}
+    pipeline: DiffusionPipeline = diffusers.AnimateDiffPipeline(
+        **parts, motion_adapter=adapter, scheduler=scheduler
+    )
+    return pipeline
