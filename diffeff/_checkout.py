@@ -19,9 +19,7 @@ class CheckoutFinder:
     """Finds `diffeff.kernels`, `.pipelines`, `.apps` and `.eval`, and nothing else, beside `diffeff/`."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         folder = _FOLDERS.get(name)
         if folder is None:
             return None

@@ -51,7 +51,9 @@ def _from_pretrained(name: str, kwargs: dict[str, Any]) -> Any:
     except (OSError, SafetensorError, ValueError) as error:
         hint = ""
         if options["use_safetensors"]:
-            hint = " Only safetensors weights are read; use_safetensors=False also reads pickled ones, if you trust them."
+            hint = (
+                " Only safetensors weights are read; use_safetensors=False also reads pickled ones, if you trust them."
+            )
         raise ModelLoadError(f"cannot load {name}: {error}.{hint}") from error
 
 
@@ -87,8 +89,8 @@ def _check_weights(folder: Path, safe_only: bool) -> None:
     pickles = [f.name for f in sorted(folder.iterdir()) if f.suffix in _PICKLES]
     if safe_only and pickles and not safe:
         raise ModelLoadError(
-            f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code when loaded. Convert them to "
-            "safetensors, or pass use_safetensors=False if you trust where they come from."
+            f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code when loaded. Convert them "
+            "to safetensors, or pass use_safetensors=False if you trust where they come from."
         )
 
 

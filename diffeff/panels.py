@@ -107,8 +107,8 @@ class _Page:
 
 
 def _factor(clip: Clip, smallest: int) -> int:
-    height, width = clip.shape[1:3]
-    return max(1, -(-smallest // min(height, width)))
+    shorter = int(min(clip.shape[1:3]))
+    return max(1, -(-smallest // shorter))
 
 
 def _spread(count: int, columns: int) -> list[int]:

@@ -36,11 +36,11 @@ _REBUILDING = frozenset(
         "to", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "remove_all_hooks",
         "load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "load_ip_adapter", "unload_ip_adapter",
         "enable_xformers_memory_efficient_attention", "disable_xformers_memory_efficient_attention",
-        "fuse_qkv_projections", "unfuse_qkv_projections", "register_modules", "delete_adapters", "load_textual_inversion",
-        "enable_lora", "disable_lora", "set_adapters",
+        "fuse_qkv_projections", "unfuse_qkv_projections", "register_modules", "delete_adapters",
+        "load_textual_inversion", "enable_lora", "disable_lora", "set_adapters",
     }
 )  # fmt: skip
-_OWN = frozenset({"_pipe", "_session", "_plan", "_report", "_load_seconds", "_suspended"})
+_OWN = frozenset({"_pipe", "_session", "_plan", "_report", "_load_seconds"})
 Planlike = Plan | Config | str | os.PathLike[str] | Iterable[Config]
 
 
@@ -65,7 +65,6 @@ class DiffEffPipeline:
         self._plan = Plan()
         self._report: Report | None = None
         self._load_seconds: float | None = None
-        self._suspended = False
         if plan is not None:
             self.apply(plan)
 
@@ -131,7 +130,7 @@ class DiffEffPipeline:
         chosen = Plan.of(plan)
         if self._session is not None and self._session.run is not None:
             raise RunInProgress("a plan cannot be changed while the pipeline is running")
-        before, self._plan = self._plan, self._plan
+        before = self._plan
         attached = self._session is not None
         self._detach()
         try:

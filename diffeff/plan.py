@@ -76,7 +76,8 @@ class Plan:
         for config in chosen:
             if not isinstance(config, Config):
                 raise PlanFormatError(f"a plan holds method configs such as FeatureCache(...), not {config!r}")
-        for name, value in zip(("methods", "model", "artefacts", "folder"), (chosen, model, artefacts or {}, folder)):
+        given = {"methods": chosen, "model": model, "artefacts": artefacts or {}, "folder": folder}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -203,8 +204,8 @@ def _check_pair(a: Method[Any], b: Method[Any], denoiser: DenoiserMap) -> None:
         shared = _shared(held_a[claim], held_b[claim])
         if shared:
             raise PlanConflict(
-                f"{names} both need {claim.value} of {denoiser.name} ({shared}). Use one of them, or give them disjoint "
-                "blocks."
+                f"{names} both need {claim.value} of {denoiser.name} ({shared}). Use one of them, or give them "
+                "disjoint blocks."
             )
     for (one, two), (reason, alternative) in _EXCLUSIONS.items():
         if (one in held_a and two in held_b) or (two in held_a and one in held_b):

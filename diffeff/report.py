@@ -79,7 +79,11 @@ class Report:
         """A short Markdown page of the same facts."""
         rows = [f"| {m.method} | {'yes' if m.engaged else '**no**'} | {m.reason} |" for m in self.methods]
         table = ["| method | engaged | what it did, or why not |", "|---|---|---|", *rows] if rows else ["No methods."]
-        shares = [f"- {k} computed, {b}: {v}" for k, s in (("steps", self.steps), ("blocks", self.blocks)) for b, v in s.items()]
+        shares = [
+            f"- {k} computed, {b}: {v}"
+            for k, s in (("steps", self.steps), ("blocks", self.blocks))
+            for b, v in s.items()
+        ]
         seconds = "- seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items())
         memory = [] if self.peak_bytes is None else [f"- peak memory: {self.peak_bytes / 2**20:.0f} MiB"]
         notes = [f"- **warning:** {text}" for text in self.warnings]
@@ -89,7 +93,14 @@ class Report:
 
     @classmethod
     def of(
-        cls, session: Session, run: Run, plan: str, load_seconds: float | None, peak_bytes: int | None, device: str, dtype: str
+        cls,
+        session: Session,
+        run: Run,
+        plan: str,
+        load_seconds: float | None,
+        peak_bytes: int | None,
+        device: str,
+        dtype: str,
     ) -> Report:
         """The report of a run that has closed."""
         outcomes = tuple(_outcome(m, run) for m in session.methods)

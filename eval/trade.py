@@ -63,9 +63,10 @@ def measure_trade(
     """One JSON-ready row per arm, plain first. `prompts` held-out captions, one seed each. Raises what `apply` raises."""
     pipe = DiffEffPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    options = bundled.recommended(model).call_options()
-    full = steps or options["num_inference_steps"]
-    options = {k: v for k, v in options.items() if k != "num_inference_steps"}
+    best = bundled.recommended(model)
+    full = steps or best.steps
+    options = {"guidance_scale": best.guidance, "height": best.height, "width": best.width}
+    options |= {"num_frames": best.frames} if best.frames > 1 else {}
     arms = [Arm("plain", Plan(), full), *(Arm(name, plan, full) for name, plan in plans)]
     arms += [Arm(f"plain, {n} steps", Plan(), n) for n in fewer]
     scenes = _scenes(prompts)

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffeff.errors import ConfigError, MethodInapplicable
+
 __all__ = [
     "CFG",
     "AttentionKind",
@@ -25,6 +27,7 @@ __all__ = [
     "Memo",
     "Segment",
     "Streams",
+    "deep_segment",
 ]
 
 AttentionKind = Literal["self", "cross", "joint", "temporal"]
@@ -37,6 +40,7 @@ class CFG(Enum):
     BATCHED_COND_FIRST = "batched, conditional rows first"
     SEPARATE = "one call per branch, conditional first"
     DISTILLED = "guidance is an input of the model; one call, or one per branch with true CFG"
+    UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
@@ -194,3 +198,21 @@ class DenoiserMap:
             return kwargs[name]
         position = self.signature.index(name) if name in self.signature else len(args)
         return args[position] if position < len(args) else None
+
+
+def deep_segment(denoiser: DenoiserMap, depth: int) -> Segment:
+    """The deep part of a UNet, which changes slowly from step to step: all but the `depth` outermost down and up
+    blocks. Its output is that of its last up block (of the mid block when `depth` leaves no other).
+
+    Raises MethodInapplicable for a denoiser that is no UNet, ConfigError for a depth outside 1 to its levels.
+    """
+    groups = [block.group for block in denoiser.blocks]
+    levels = groups.count("down")
+    if not levels or groups.count("up") != levels:
+        raise MethodInapplicable(
+            f"{denoiser.name} ({denoiser.family}) has no down and up blocks, so no deep part. Use a segment of blocks."
+        )
+    deepest = levels if "mid" in groups else levels - 1
+    if not 1 <= depth <= deepest:
+        raise ConfigError(f"depth is {depth}; allowed for {denoiser.name} ({levels} levels): 1 to {deepest}")
+    return Segment(denoiser.name, denoiser.blocks[depth : len(groups) - depth], residual=False)

@@ -25,9 +25,8 @@ COMMANDS = {
 
 _HELP = """Make diffusers pipelines faster, smaller and more controllable, and see what that costs.
 
-[bold]First steps[/] (offline, on any CPU)
-
 \b
+[bold]First steps[/] (offline, on any CPU)
 diffeff generate "a red circle moving left, camera pans right" --compare
 diffeff methods
 diffeff inspect sprites-wan
@@ -56,11 +55,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool,
+        typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show the version and leave."),
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show tracebacks and the full log; works after the command's name, too."),
+        typer.Option(
+            "--debug", metavar="", help="Show tracebacks and the full log; works after the command's name, too."
+        ),
     ] = False,
 ) -> None:
     pass

@@ -20,9 +20,8 @@ _HELP = """Look at this installation: versions, devices, kernels, optional packa
 
 Changes nothing and needs no network. Paste its output into a bug report.
 
-[bold]Examples[/]
-
 \b
+[bold]Examples[/]
 diffeff doctor
 diffeff doctor --json"""
 
@@ -48,7 +47,7 @@ def build() -> typer.Typer:
     return alone(doctor, _HELP)
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False) -> None:
+def doctor(json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON on stdout.")] = False) -> None:
     """The command's work."""
     found = {
         "system": f"{platform.system()} {platform.machine()}, python {platform.python_version()}",

@@ -23,7 +23,7 @@ from diffeff.plan import Plan
 __all__ = ["command", "flagged_plan"]
 
 RequestT = TypeVar("RequestT")
-_DOT = "__of__"
+_DOT, _OFF = "__of__", "no__"
 
 
 def command(
@@ -58,9 +58,9 @@ def flagged_plan(plan: Plan, given: Mapping[str, Any], methods: Mapping[str, typ
         options = {
             k.name: _value(k, given[name + _DOT + k.name]) for k in knobs(config) if name + _DOT + k.name in given
         }
-        if given.get(name) is False:
-            if options:
-                raise ConfigError(f"--no-{_dashed(name)} and an option of {name} exclude each other; leave one out")
+        if given.get(_OFF + name):
+            if options or given.get(name):
+                raise ConfigError(f"--no-{_dashed(name)} and other flags of {name} exclude each other; leave one out")
             entries = [entry for entry in entries if entry["use"] != name]
         elif options or given.get(name):
             if not any(entry["use"] == name for entry in entries):
@@ -79,18 +79,16 @@ def _field_parameter(request: type[Any], name: str) -> inspect.Parameter:
 
 def _method_parameters(name: str, config: type[Config]) -> list[inspect.Parameter]:
     flag, panel = _dashed(name), f"{name}: {config.summary}"
-    switch = typer.Option(
-        f"--{flag}/--no-{flag}", help="Add this method, or take it out of the plan.", rich_help_panel=panel
-    )
-    made = [_parameter(name, Annotated[bool | None, switch])]
+    on = typer.Option(f"--{flag}", help="Add this method to the plan.", rich_help_panel=panel, metavar="")
+    off = typer.Option(f"--no-{flag}", hidden=True)
+    made = [_parameter(name, Annotated[bool | None, on]), _parameter(_OFF + name, Annotated[bool | None, off])]
     return made + [_parameter(name + _DOT + k.name, _annotation(flag, k, panel)) for k in knobs(config)]
 
 
 def _annotation(flag: str, knob: Knob, panel: str) -> Any:
-    option = f"--{flag}.{_dashed(knob.name)}"
-    decl = f"{option}/--no-{flag}.{_dashed(knob.name)}" if knob.type is bool else option
-    text = escape(f"{knob.help} ({_allowed(knob)})")
-    return Annotated[_kind(knob) | None, typer.Option(decl, help=text, rich_help_panel=panel, metavar=_metavar(knob))]
+    text = f"{escape(knob.help)} [dim]({escape(_allowed(knob))})[/]"
+    option = typer.Option(f"--{flag}.{_dashed(knob.name)}", help=text, rich_help_panel=panel, metavar=_metavar(knob))
+    return Annotated[_kind(knob) | None, option]
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
@@ -99,8 +97,9 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 def _kind(knob: Knob) -> Any:
     """What typer parses. An option that may be none, and is not by default, is text: `none` can be said."""
-    if knob.choices:
-        return Literal[(*knob.choices, "none")] if _may_unset(knob) else Literal[knob.choices]
+    choices = ("on", "off") if knob.type is bool else knob.choices
+    if choices:
+        return Literal[(*choices, "none")] if _may_unset(knob) else Literal[choices]
     return str if knob.type is tuple or _may_unset(knob) else knob.type
 
 
@@ -109,9 +108,9 @@ def _may_unset(knob: Knob) -> bool:
 
 
 def _metavar(knob: Knob) -> str | None:
-    return (
-        None if knob.choices or knob.type is bool else ("A,B,..." if knob.type is tuple else knob.type.__name__.upper())
-    )
+    if knob.choices or knob.type is bool:
+        return None
+    return "A,B,..." if knob.type is tuple else knob.type.__name__.upper()
 
 
 def _allowed(knob: Knob) -> str:
@@ -127,15 +126,15 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None else str(value)
 
 
-def _value(knob: Knob, text: Any) -> Any:
+def _value(knob: Knob, given: Any) -> Any:
     """A flag's value as the config wants it."""
-    if not isinstance(text, str) or knob.choices or (knob.type is str and not _may_unset(knob)):
-        return None if text == "none" and _may_unset(knob) else text
-    if text == "none" and knob.optional:
+    if given == "none" and _may_unset(knob):
         return None
+    if knob.type is bool:
+        return given == "on"
     if knob.type is tuple:
-        return tuple(_scalar(part) for part in text.split(",") if part.strip())
-    return _scalar(text) if knob.type is not str else text
+        return tuple(_scalar(part) for part in given.split(",") if part.strip())
+    return _scalar(given) if isinstance(given, str) and knob.type is not str else given
 
 
 def _scalar(text: str) -> Any:

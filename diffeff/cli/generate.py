@@ -29,12 +29,11 @@ __all__ = ["build", "generate"]
 
 HELP = """Make a clip or a picture from a prompt.
 
-Every method has flags of its own, listed below: --METHOD switches it on, --no-METHOD takes it out of the plan,
+Every method has flags of its own, listed below: --METHOD switches it on, --no-METHOD takes it out of the plan, \
 --METHOD.OPTION VALUE sets one option. They are laid over --plan, or over an empty plan.
 
-[bold]Examples[/]
-
 \b
+[bold]Examples[/]
 diffeff generate "a red circle moving left, camera pans right"
 diffeff generate "a blue cross moving up, camera static" -o cross.gif --enlarge 4
 diffeff generate "a green circle moving right, camera zooms in" -o out.mp4 --compare
@@ -114,7 +113,7 @@ def _prepare(request: Request, flags: dict[str, Any], stages: Stages) -> _Job:
     from diffeff.pipeline import DiffEffPipeline
 
     device, dtype = _placement(request)
-    pipe = DiffEffPipeline.from_pretrained(request.model, torch_dtype=dtype).to(device)
+    pipe = DiffEffPipeline.from_pretrained(request.model, dtype=dtype).to(device)
     output = request.output or Path("out.mp4" if is_clip(pipe) else "out.png")
     if not is_clip(pipe) and output.suffix.lower() != ".png":
         raise OutputError(f"cannot write {output}: {request.model} makes still pictures. Name a .png.")
@@ -146,9 +145,10 @@ def _single(job: _Job) -> tuple[dict[str, Any], list[str]]:
             raise
         job.pipe.remove()  # plain generation needs no description of the model
     frames = job.run(job.pipe, job.steps)
-    write(job.output, enlarge(to_bytes(frames), job.request.enlarge), job.request.fps)
+    clip = enlarge(to_bytes(frames), job.request.enlarge)
+    write(job.output, clip, job.request.fps)
     seen, report = adherence_of(scene_of(job.request), frames), job.pipe.report
-    count, height, width, _ = frames.shape
+    count, height, width, _ = clip.shape
     lines = [escape(str(report))] if report is not None else []
     lines += [f"adherence: {words(seen)}"]
     lines += [f"[bold]{escape(str(job.output))}[/]  {width}x{height}" + (f", {count} frames" if count > 1 else "")]
@@ -164,16 +164,9 @@ def _compare(job: _Job) -> tuple[dict[str, Any], list[str]]:
     """Plain and accelerated: the record for programs and the lines for people."""
     from diffeff.eval.compare import compare
 
-    request, files = job.request, Files(job.output, job.request.fps, job.request.enlarge)
-    result = compare(
-        job.pipe,
-        job.plan,
-        job.run,
-        job.steps,
-        rounds=request.rounds,
-        scene=scene_of(request),
-        observe=files.arm,
-    )
-    subject = f"class {request.label}" if request.prompt is None else request.prompt
-    files.comparison(result, f"{subject}   ({request.model}, seed {request.seed})", job.settings)
+    request, scene = job.request, scene_of(job.request)
+    with Files(job.output, request.fps, request.enlarge) as files:
+        result = compare(job.pipe, job.plan, job.run, job.steps, rounds=request.rounds, scene=scene, observe=files.arm)
+        subject = f"class {request.label}" if request.prompt is None else request.prompt
+        files.comparison(result, f"{subject} ({request.model}, seed {request.seed})", job.settings)
     return job.settings | {"comparison": result.to_dict(), "files": files.written}, summary(result, files.written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -57,11 +58,11 @@ class LateCommands(TyperGroup):
                     warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            err().print("Interrupted. Files named above are whole; nothing else was written.")
+            err().print("Interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except DiffEffError as error:
             if debug:
-                raise
+                err().print(traceback.format_exc(), markup=False)
             complain("Error", str(error))
             raise typer.Exit(NO_OUTPUT if isinstance(error, OutputError) else BAD_INPUT) from error
 

@@ -23,9 +23,8 @@ _HELP = """Describe a model: its blocks, its attentions, its guidance, and what 
 Nothing is changed. A description that was guessed from diffusers' own block metadata, and not written for this
 family of models, is marked generic.
 
-[bold]Examples[/]
-
 \b
+[bold]Examples[/]
 diffeff inspect sprites-wan
 diffeff inspect ./my-model --json"""
 
@@ -37,7 +36,7 @@ def build() -> typer.Typer:
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A bundled model, a folder, or a hub id.")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON on stdout.")] = False,
 ) -> None:
     """The command's work."""
     with Stages(quiet=json) as stages:

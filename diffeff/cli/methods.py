@@ -15,9 +15,8 @@ __all__ = ["build", "describe", "methods"]
 
 _HELP = """List the methods with their options and ranges, or one method in full.
 
-[bold]Examples[/]
-
 \b
+[bold]Examples[/]
 diffeff methods
 diffeff methods feature_cache
 diffeff methods --json"""
@@ -30,7 +29,7 @@ def build() -> typer.Typer:
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show only this method, with its options.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON on stdout.")] = False,
 ) -> None:
     """The command's work."""
     from diffeff.methods.table import config_class, config_classes

@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.markup import escape
 
+from diffeff.cli.console import err
 from diffeff.files import write_text
 from diffeff.media import Clip, enlarge, to_bytes, write
 from diffeff.panels import contact_sheet, difference, side_by_side
@@ -21,11 +22,21 @@ __all__ = ["Files", "summary", "words"]
 
 
 class Files:
-    """Writes all of one comparison next to `output` and remembers where. Each file is whole or absent."""
+    """Writes all of one comparison next to `output` and remembers where. Each file is whole or absent.
+
+    As a context, it names the files that are there when the comparison is interrupted.
+    """
 
     def __init__(self, output: Path, fps: int, factor: int) -> None:
         self.output, self.fps, self.factor = output, fps, factor
         self.written: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt and self.written:
+            err().print("Written so far: " + escape(", ".join(self.written.values())))
 
     def beside(self, what: str, suffix: str | None = None) -> Path:
         return self.output.with_name(f"{self.output.stem}.{what}{suffix or self.output.suffix}")
@@ -86,15 +97,21 @@ def _label(arm: Arm) -> str:
 
 
 def _rows(result: Comparison) -> dict[str, Clip]:
-    plain, rows = to_bytes(result.plain.frames), {}
+    plain, fast = to_bytes(result.plain.frames), to_bytes(result.accelerated.frames)
+    gain = _gain(difference(plain, fast, 1))  # one gain for all rows, so that they can be compared
+    rows = {}
     for arm in result.arms:
-        frames = to_bytes(arm.frames)
-        rows[f"{_label(arm)}\n{_speed(arm)}"] = frames
+        rows[f"{_label(arm)}\n{_speed(arm)}"] = to_bytes(arm.frames)
         if arm.name != "plain":
-            rows[f"|difference| x 4\n{_decibels(arm)}" + (" " if arm.name == "fewer" else "")] = difference(
-                plain, frames
-            )
+            label = f"|difference| x {gain}\n{arm.steps} steps: {_decibels(arm)}"
+            rows[label] = difference(plain, to_bytes(arm.frames), gain)
     return rows
+
+
+def _gain(gap: Clip) -> int:
+    """The power of two that makes the largest error bright, 32 at most: beyond that it would show rounding."""
+    room = 255 // max(int(gap.max()), 1)
+    return min(32, 1 << (room.bit_length() - 1))
 
 
 def _speed(arm: Arm) -> str:

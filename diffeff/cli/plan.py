@@ -22,28 +22,26 @@ _CHECK = """Read a plan file strictly, and with -m say what each method would ac
 Unknown keys and values outside their range are errors that name the nearest match. With a model, conflicts
 between methods and methods that find nothing to act on are errors, too.
 
-[bold]Examples[/]
-
 \b
+[bold]Examples[/]
 diffeff plan check plan.json
 diffeff plan check plan.json -m sprites-wan"""
 
 _SHOW = """Print a plan as JSON, as a plan file holds it: a preset's name or a file.
 
-[bold]Examples[/]
-
 \b
+[bold]Examples[/]
 diffeff plan show balanced > plan.json
 diffeff plan show plan.json"""
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON on stdout.")]
 
 
 def build() -> typer.Typer:
     """The command and its two subcommands."""
     presets = "\n".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     app = typer.Typer(
-        help="Check or show a plan before anything is applied.\n\n[bold]Presets[/]\n\n\b\n" + escape(presets),
+        help="Check or show a plan before anything is applied.\n\n\b\n[bold]Presets[/]\n" + escape(presets),
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",

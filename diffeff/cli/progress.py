@@ -12,6 +12,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -23,7 +24,7 @@ __all__ = ["Stages"]
 
 
 class Stages:
-    """One line that says what is being done and how long it will take. `quiet` shows nothing."""
+    """One line that says what is being done and how long it will take. `quiet`, or no terminal, shows nothing."""
 
     def __init__(self, quiet: bool) -> None:
         columns = (
@@ -34,8 +35,10 @@ class Stages:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=err(), transient=True, disable=quiet)
-        self._task = self._progress.add_task("", total=None, visible=False)
+        console = err()
+        hidden = quiet or not console.is_terminal  # in a log file a moving bar is noise
+        self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
+        self._task: TaskID | None = None
         self._label = ""
 
     def __enter__(self) -> Self:
@@ -51,10 +54,13 @@ class Stages:
         """Show `stage`, of `total` parts where known; `label` says of what run, until another one does."""
         self._label = self._label if label is None else label
         text = f"{self._label}: {stage}" if self._label else stage
-        self._progress.reset(self._task, total=total, description=text, visible=True)
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(text, total=total)
 
     def advance(self, count: float = 1) -> None:
-        self._progress.advance(self._task, count)
+        if self._task is not None:
+            self._progress.advance(self._task, count)
 
     @contextmanager
     def watching(self, pipe: Any, label: str = "") -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_MODEL", "Request", "call", "call_options", "is_clip", "recommended", "scene_of"]
 
+log = logging.getLogger("diffeff")
 DEFAULT_MODEL = "sprites-wan"
 _FILES, _SPEED = "Result and files", "Speed against plain"
 _DEVICES = Literal["auto", "cpu", "cuda", "mps"]
@@ -61,12 +63,15 @@ class Request:
     ] = 1
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES),
+        typer.Option(
+            "--json", metavar="", help="Print the report as JSON on stdout and nothing else.", rich_help_panel=_FILES
+        ),
     ] = False
     compare: Annotated[
         bool,
         typer.Option(
             "--compare",
+            metavar="",
             help="Also run plain at the same seed; write videos, a contact sheet and a report beside the output. "
             "Without a plan or flags it takes the preset balanced.",
             rich_help_panel=_SPEED,
@@ -86,28 +91,27 @@ def call_options(request: Request, pipe: DiffEffPipeline, card: dict[str, Any]) 
     Raises ConfigError for an option that this pipeline does not take, and without prompt or class.
     """
     takes = _parameters(pipe)
-    asked = _subject(request, pipe, takes) | _asked(request)
-    frames = "num_frames" if "num_frames" in takes else "video_length"
-    asked = {frames if k == "num_frames" else k: v for k, v in asked.items()}
-    for name in asked:
-        if name not in takes:
-            raise ConfigError(f"{type(pipe.wrapped).__name__} takes no {name}; leave that option out")
-    defaults = {k: v for k, v in card.items() if k in takes}
-    own_steps = {"num_inference_steps": takes["num_inference_steps"].default}
-    return own_steps | defaults | asked | {"output_type": "np"}
+    options = {"num_inference_steps": takes["num_inference_steps"].default}
+    options |= {name: value for name, value in card.items() if name in takes}
+    return options | _asked(request, pipe, takes) | _subject(request, pipe, takes) | {"output_type": "np"}
 
 
-def _asked(request: Request) -> dict[str, Any]:
+def _asked(request: Request, pipe: DiffEffPipeline, takes: dict[str, Any]) -> dict[str, Any]:
     width, height = _size(request.size)
-    named = {
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "num_frames": request.frames,
-        "negative_prompt": request.negative,
-        "width": width,
-        "height": height,
+    values: dict[str, dict[str, Any]] = {
+        "--steps": {"num_inference_steps": request.steps},
+        "--guidance": {"guidance_scale": request.guidance},
+        "--frames": {"num_frames" if "num_frames" in takes else "video_length": request.frames},
+        "--negative": {"negative_prompt": request.negative},
+        "--size": {"width": width, "height": height},
     }
-    return {k: v for k, v in named.items() if v is not None}
+    given: dict[str, Any] = {}
+    for option, arguments in values.items():
+        for name, value in arguments.items():
+            if value is not None and name not in takes:
+                raise ConfigError(f"{type(pipe.wrapped).__name__} takes no {option}; leave it out")
+            given |= {} if value is None else {name: value}
+    return given
 
 
 def _subject(request: Request, pipe: DiffEffPipeline, takes: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +152,8 @@ def recommended(model: str) -> dict[str, Any]:
 
     if model not in bundled.NAMES:
         return {}
-    return bundled.recommended(model).call_options()
+    options: dict[str, Any] = bundled.recommended(model).call_options()
+    return options
 
 
 def scene_of(request: Request) -> Scene | None:
@@ -170,16 +175,20 @@ def call(pipe: DiffEffPipeline, options: dict[str, Any], steps: int, seed: int) 
     Raises DiffEffError with the pipeline's own words when it refuses the options.
     """
     import torch
+    from numpy import isnan
 
     from diffeff.media import frames_of
 
     noise = torch.Generator("cpu").manual_seed(seed)  # noise drawn on the CPU is the same on every device
     try:
-        return frames_of(pipe(**(options | {"num_inference_steps": steps}), generator=noise))
+        frames = frames_of(pipe(**(options | {"num_inference_steps": steps}), generator=noise))
     except (ValueError, TypeError) as error:
         if isinstance(error, DiffEffError):
             raise
         raise DiffEffError(f"{type(pipe.wrapped).__name__} refused the request: {error}") from error
+    if isnan(frames).any():
+        log.warning("the result holds pixels that are not numbers, shown black: try --dtype float32")
+    return frames
 
 
 def _parameters(pipe: DiffEffPipeline) -> dict[str, Any]:

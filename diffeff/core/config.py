@@ -49,7 +49,12 @@ class Knob:
 
 
 def knob(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, step: float | None = None
+    default: Any,
+    help: str,  # noqa: A002 (the word every face shows it under)
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    step: float | None = None,
 ) -> Any:
     """A config field with its allowed range `low..high`, the step of its slider and one line of help."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "step": step})

@@ -47,7 +47,7 @@ class Claim(Enum):
     SKIP_STEP = "skipping of whole denoiser calls"
     SKIP_BRANCH = "skipping of the unconditional branch"
     SKIP_BLOCK = "skipping of blocks"
-    TOKEN_COUNT = "the number of query tokens"  # noqa: S105 (no password)
+    TOKEN_COUNT = "the number of query tokens"
     KEY_COUNT = "the number of key and value tokens"
     ATTENTION_KERNEL = "the attention kernel"
     LINEAR_WEIGHTS = "the weights of linear layers"

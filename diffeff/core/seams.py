@@ -46,7 +46,7 @@ class Seam:
         copy = memo.get(id(self._owner))
         if self._plain_copy and copy is not None:
             return types.MethodType(getattr(type(self._owner), self._name), copy)
-        self._refuse("copied")
+        return self._refuse("copied")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self._refuse("pickled")

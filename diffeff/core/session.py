@@ -248,7 +248,9 @@ class Session:
         return self._named_context(inner, args, kwargs)
 
     @contextmanager
-    def _named_context(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def _named_context(
+        self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
         self._context = str(args[0] if args else kwargs.get("name"))
         try:
             with inner(*args, **kwargs):
@@ -256,7 +258,9 @@ class Session:
         finally:
             self._context = None
 
-    def _on_step(self, denoiser: DenoiserMap, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _on_step(
+        self, denoiser: DenoiserMap, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         run = self.run
         if run is None or run.clock.timesteps is None or run.call is not None:
             return inner(*args, **kwargs)  # called outside a run of ours: plain
@@ -334,8 +338,8 @@ class _Mark:
 
     def _refuse(self, *_: Any) -> Any:
         raise AttachedModelError(
-            "a model cannot be copied or pickled while a diffeff plan is attached to it: the copy would share the state "
-            "of this session. Call remove() on the DiffEffPipeline first."
+            "a model cannot be copied or pickled while a diffeff plan is attached to it: the copy would share the "
+            "state of this session. Call remove() on the DiffEffPipeline first."
         )
 
     __deepcopy__ = __reduce_ex__ = _refuse  # type: ignore[assignment]
@@ -354,6 +358,7 @@ def _segment_handler(session: Session, method: Method[Any], segment: Segment, bl
     """The seam of one block of a segment that `method` may skip whole."""
     first, last, io = block is segment.blocks[0], block is segment.blocks[-1], block.io
     key = f"{id(method)}:{segment.name}"
+
     def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = session.run
         if run is None or run.call is None:

@@ -8,7 +8,7 @@ from typing import Any
 from diffeff.methods.table import TABLE
 
 _PLACES = {place.split(":")[1]: place.split(":")[0] for place in TABLE.values()}
-__all__ = sorted(_PLACES)  # noqa: PLE0605 (built from the table)
+__all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

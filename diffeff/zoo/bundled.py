@@ -2,7 +2,7 @@
 
     pipe = bundled.load("sprites-sd")
     best = bundled.recommended("sprites-sd")
-    image = pipe("a red circle", num_inference_steps=best.steps, guidance_scale=best.guidance).images[0]
+    image = pipe("a red circle", **best.call_options()).images[0]
 
 Each folder under `models/` is a plain diffusers pipeline with a card (`card.json`, `README.md`) of what was
 measured. A folder may instead hold an adapter and name the bundled pipeline it belongs to in `base.json`.
@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from diffeff.errors import ModelLoadError, UnknownName, nearest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,27 +28,43 @@ _MODELS = Path(__file__).parent / "models"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommended:
-    """Settings a model was scored with: sampling steps, guidance scale, frame size in pixels, frames."""
+    """Settings a model was scored with: sampling steps, guidance scale, and where its pipeline takes them the
+    frame size in pixels and the number of frames."""
 
     steps: int
     guidance: float
-    height: int
-    width: int
-    frames: int = 1
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+    def call_options(self) -> dict[str, Any]:
+        """The same as keyword arguments of the pipeline's call."""
+        options = {argument: getattr(self, field) for field, argument in _ARGUMENTS.items()}
+        return {argument: value for argument, value in options.items() if value is not None}
+
+
+#: field of Recommended -> argument of a diffusers pipeline
+_ARGUMENTS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+}
 
 
 def path(name: str) -> Path:
     """The folder of a bundled model.
 
     Raises:
-        ValueError: `name` is not one of NAMES.
-        FileNotFoundError: this installation lacks its files.
+        UnknownName: `name` is not one of NAMES.
+        ModelLoadError: this installation lacks its files.
     """
     if name not in NAMES:
-        raise ValueError(f"no bundled model {name!r}; there are {', '.join(NAMES)}")
+        raise UnknownName(f"there is no bundled model {name!r}. {nearest(name, NAMES)}")
     folder = _MODELS / name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing; `python -m diffeff.zoo.train {name} --out {folder}` makes it")
+    if not (folder / "card.json").is_file():
+        raise ModelLoadError(f"{folder} is missing or incomplete; `python -m diffeff.zoo.train {name}` makes it anew")
     return folder
 
 
@@ -58,9 +76,8 @@ def card(name: str) -> dict[str, Any]:
 
 def recommended(name: str) -> Recommended:
     """The settings on the card."""
-    fields = card(name)["recommended"]
-    known = {key: fields[key] for key in Recommended.__dataclass_fields__ if key in fields}
-    return Recommended(**known)
+    options = card(name)["call"]
+    return Recommended(**{field: options.get(argument) for field, argument in _ARGUMENTS.items()})
 
 
 def load(name: str, **kwargs: Any) -> DiffusionPipeline:
@@ -91,7 +108,5 @@ def _with_adapter(folder: Path, **kwargs: Any) -> DiffusionPipeline:
     adapter = diffusers.MotionAdapter.from_pretrained(folder, local_files_only=True, **precision)
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
     parts = {key: getattr(base, key) for key in ("vae", "text_encoder", "tokenizer", "unet")}
-    pipeline: DiffusionPipeline = diffusers.AnimateDiffPipeline(
-        **parts, motion_adapter=adapter, scheduler=scheduler
-    )
-    return pipeline
+    pipeline: Any = diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=scheduler)
+    return cast("DiffusionPipeline", pipeline)

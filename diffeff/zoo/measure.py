@@ -108,7 +108,7 @@ def _largest_component(mask: Tensor) -> Tensor:
         labels = spread
     kept = torch.zeros_like(mask)
     for i in range(count):
-        names, sizes = labels[i][mask[i]].unique(return_counts=True)
+        names, sizes = torch.unique(labels[i][mask[i]], return_counts=True)
         if len(names):
             kept[i] = labels[i] == names[sizes.argmax()]
     return kept

@@ -235,7 +235,8 @@ def _background(scenes: Sequence[Scene], draw: _Draw, t: Tensor, size: int) -> t
     x = (axis.view(1, 1, 1, -1) / zoom[..., None, None] + pan[..., None, None]) * (2.0 / _STAGE)
     y = (axis.view(1, 1, -1, 1) / zoom[..., None, None]) * (2.0 / _STAGE)
     batch, frames = pan.shape
-    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1).view(batch, frames * size, size, 2)
+    shape = (batch, frames, size, size)
+    grid = torch.stack((x.expand(shape), y.expand(shape)), dim=-1).view(batch, frames * size, size, 2)
     seen = F.grid_sample(_stage(draw), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return seen.view(batch, frames, size, size), pan, zoom
 

@@ -75,7 +75,9 @@ def _kernel(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor
     if name == "triton":
         return _triton
     if name not in kernels_on(device):
-        raise RuntimeError(f"int8_linear kernel {name!r} cannot run on {device}; there: {', '.join(kernels_on(device))}")
+        raise RuntimeError(
+            f"int8_linear kernel {name!r} cannot run on {device}; there: {', '.join(kernels_on(device))}"
+        )
     plain = {"int_mm": int_mm, "dequantise": weight_only, "reference": reference}
     if name == "aten_dynamic":
         return lambda x, qweight, scale, bias, packed: aten_dynamic(x, packed)

@@ -37,7 +37,7 @@ def dequantise(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weight_only(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [M, K] times the dequantised weight: int8 storage, float arithmetic, exact activations, differentiable in x."""
+    """`x` [M, K] times the dequantised weight: int8 storage, exact activations, float arithmetic, a gradient in x."""
     return F.linear(x, dequantise(qweight, scale, x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -4,6 +4,7 @@ Against `torch._int_mm` it saves the int32 product's round trip through memory a
 bf16 dots are avoided (gone, or wrong, in parts of Triton and its interpreter).
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +21,7 @@ _ROUND = 12582912.0
 
 
 @triton.jit
-def _quantise_rows(x, q, s, k, stride, BLOCK: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantise_rows(x, q, s, k, stride, BLOCK: tl.constexpr, ROUND: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     top = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, k, BLOCK):
@@ -37,7 +38,7 @@ def _quantise_rows(x, q, s, k, stride, BLOCK: tl.constexpr, ROUND: tl.constexpr)
 
 
 @triton.jit
-def _matmul(  # type: ignore[no-untyped-def]
+def _matmul(
     q, w, sx, sw, bias, y, m, n, k, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -71,7 +72,9 @@ def int8_linear_triton(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor |
     sx = torch.empty(m, dtype=torch.float32, device=x.device)
     _quantise_rows[(m,)](x, q, sx, k, x.stride(0), BLOCK=min(1024, triton.next_power_of_2(max(k, 16))), ROUND=_ROUND)
     grid, blocks = _tiles(m, n)
-    _matmul[grid](q, qweight, sx, scale, scale if bias is None else bias, y, m, n, k, HAS_BIAS=bias is not None, **blocks)
+    _matmul[grid](
+        q, qweight, sx, scale, scale if bias is None else bias, y, m, n, k, HAS_BIAS=bias is not None, **blocks
+    )
     return y
 
 

@@ -67,7 +67,8 @@ def test_an_option_switches_the_method_on() -> None:
         "5",
         "--toy-method.share",
         "0.25",
-        "--no-toy-method.sharp",
+        "--toy-method.sharp",
+        "off",
         "--toy-method.mode",
         "quick",
     ]
@@ -92,6 +93,8 @@ def test_flags_are_laid_over_a_plan() -> None:
 def test_off_and_an_option_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
         plan_of("--no-toy-method", "--toy-method.count", "3")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        plan_of("--no-toy-method", "--toy-method")
 
 
 def test_a_value_out_of_range_names_field_and_range() -> None:

@@ -291,9 +291,12 @@ def test_a_change_between_runs_is_a_fresh_run(family: str, change: str) -> None:
             one.scheduler = type(one.scheduler).from_config(one.scheduler.config)
     if change in ("size", "steps", "batch", "guidance"):
         small = (FAMILIES[family].size[0], 4, 8)
-        options = {"size": {"size": small}, "steps": {"steps": 9}, "batch": {"batch": 2}, "guidance": {"guidance": False}}[
-            change
-        ]
+        options = {
+            "size": {"size": small},
+            "steps": {"steps": 9},
+            "batch": {"batch": 2},
+            "guidance": {"guidance": False},
+        }[change]
     assert torch.equal(run(family, pipe, **options), run(family, fresh, **options))
     assert pipe.report is not None
     assert pipe.report.methods[0].engaged

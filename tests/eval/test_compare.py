@@ -22,7 +22,10 @@ class Pretender:
         self.plan = Plan()
         self.calls: list[str] = []
         self.report: Any = SimpleNamespace(
-            seconds={"encode": 0.0, "decode": 0.0}, to_dict=lambda: {"steps": 1}, to_markdown=lambda: "report", methods=()
+            seconds={"encode": 0.0, "decode": 0.0},
+            to_dict=lambda: {"steps": 1},
+            to_markdown=lambda: "report",
+            methods=(),
         )
 
     def apply(self, plan: Plan) -> Pretender:

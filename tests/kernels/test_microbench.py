@@ -64,7 +64,9 @@ def test_a_second_process_adds_to_the_file(folder: Path) -> None:
     assert set(json.loads(file.read_text())["seconds"]) == {"k0", "k1", "k2"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"machine": "another", "seconds": {"k": {"a": 1}}}', '{"machine": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"machine": "another", "seconds": {"k": {"a": 1}}}', '{"machine": 3}']
+)
 def test_damaged_or_foreign_files_are_measured_anew(folder: Path, content: str) -> None:
     path = microbench.cache_file("op", microbench.machine(CPU))
     path.parent.mkdir(parents=True)

@@ -438,7 +438,8 @@ def _unet() -> Any:
 
 
 def _ddim() -> Any:
-    return d.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return d.DDIMScheduler(**betas, clip_sample=False, steps_offset=1)
 
 
 def _sd_parts() -> dict[str, Any]:
@@ -478,15 +479,21 @@ def _motion(blocks: dict[str, tuple[str, ...]], **more: Any) -> Any:
 
 
 def _motion_parts() -> dict[str, Any]:
-    scheduler = d.DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing="linspace")
+    scheduler = d.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
     unet = _motion(_CROSS_FIRST)
-    return {**_text_free("feature_extractor"), "vae": None, "motion_adapter": None, "unet": unet, "scheduler": scheduler}
+    return {
+        **_text_free("feature_extractor"),
+        "vae": None,
+        "motion_adapter": None,
+        "unet": unet,
+        "scheduler": scheduler,
+    }
 
 
 def _animatediff_sdxl() -> Any:
     return d.AnimateDiffSDXLPipeline(
         **_text_free("text_encoder_2", "tokenizer_2"),
-        vae=None,
+        vae=_image_vae(),
         motion_adapter=None,
         unet=_motion(_CROSS_LAST, **_ADDED, use_motion_mid_block=False, transformer_layers_per_block=(1, 1, 2)),
         scheduler=_ddim(),

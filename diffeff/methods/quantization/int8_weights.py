@@ -48,8 +48,9 @@ class Int8Weights(Config):
 
     For the exact undo the float weights are kept: in main memory (which on a CPU means no byte is saved while the plan
     is on, only an accelerator's memory is), or with `keep_original="disk"` in temporary files. For inference only:
-    gradients reach inputs, not weights. Load LoRA adapters before, not after. Another machine may choose other kernels
-    and so differ within the stated error; name a `kernel` where runs must agree to the bit.
+    gradients reach inputs, not weights. Load LoRA adapters before, not after. A layer that `keep_slow="float"` runs in
+    float holds both weights. Another machine may choose other kernels and so differ within the stated error; name a
+    `kernel` where runs must agree to the bit.
     """
 
     name: ClassVar[str] = "int8_weights"
@@ -116,8 +117,8 @@ class Int8WeightsMethod(Method[Int8Weights]):
         kernel, device = self.config.kernel, found[0].weight.device
         if kernel != "auto" and kernel not in kernels_on(device):
             raise KernelUnavailable(
-                f"int8_weights.kernel is {kernel!r}, which cannot run on {device}. There: {', '.join(kernels_on(device))}; "
-                "or 'auto'."
+                f"int8_weights.kernel is {kernel!r}, which cannot run on {device}. There: "
+                f"{', '.join(kernels_on(device))}; or 'auto'."
             )
 
     def claimed(self, denoiser: DenoiserMap) -> Mapping[Claim, frozenset[str]]:
@@ -184,8 +185,14 @@ class Int8WeightsMethod(Method[Int8Weights]):
             qweight, scale = quantise_weight(weight)
         error = _relative_error(weight, qweight, scale)
         if not error < _FOREIGN:
-            cause = "holds a NaN or an infinity" if not weight.isfinite().all() else "is not what the int8 weight was made of"
-            raise ArtefactError(f"int8_weights: the weight of {denoiser.name}.{path} {cause} (relative error {error:.2g})")
+            cause = (
+                "holds a NaN or an infinity"
+                if not weight.isfinite().all()
+                else "is not what the int8 weight was made of"
+            )
+            raise ArtefactError(
+                f"int8_weights: the weight of {denoiser.name}.{path} {cause} (relative error {error:.2g})"
+            )
         layers.errors[path] = error
         layers.quantised[path] = QLinear(original, qweight, scale, self._among(weight.device))
         original.stow()
@@ -242,8 +249,9 @@ class Int8WeightsMethod(Method[Int8Weights]):
         wrong = sorted(k for k in given.keys() | wanted.keys() if given.get(k) != wanted.get(k))
         if wrong:
             raise ArtefactError(
-                f"int8_weights: the saved weights were made for another model or other options: {len(wrong)} tensors are "
-                f"missing, left over or of another shape, first {wrong[0]!r}. Quantise anew and save again."
+                "int8_weights: the saved weights were made for another model or other options: "
+                f"{len(wrong)} tensors are missing, left over or of another shape, first {wrong[0]!r}. "
+                "Quantise anew and save again."
             )
 
     # --- report -------------------------------------------------------------------------------------------------
@@ -254,14 +262,25 @@ class Int8WeightsMethod(Method[Int8Weights]):
             return False, "no quantised layer ran in int8: plain float was measured faster for each (keep_slow='float')"
         before, after = sum(m.original.nbytes for m in modules), sum(m.nbytes for m in modules)
         kernels = ", ".join(sorted({k for m in used for k in m.choices.values()}))
-        return True, f"{len(used)} of {len(modules)} linear layers in int8 ({kernels}), {before:,} -> {after:,} bytes"
+        text = f"{len(used)} of {len(modules)} linear layers in int8 ({kernels}), {before:,} -> {after:,} bytes"
+        return True, text + self._slower(modules)
+
+    def _slower(self, modules: list[QLinear]) -> str:
+        """A clause on the shapes at which plain float was measured faster than the kernel in use."""
+        rows = list(self._kernel_table(modules).values())
+        timed = [
+            (row["microseconds"][row["kernel"]], row["microseconds"]["float"]) for row in rows if row["microseconds"]
+        ]
+        slow = sum(ours > plain for ours, plain in timed)
+        return f"; float was measured faster at {slow} of {len(timed)} shapes (see keep_slow)" if slow else ""
 
     def details(self, run: Run) -> Mapping[str, Any]:
-        return {name: self._denoiser_details(layers) for name, layers in self._layers.items()}
+        return {name: self._figures(layers) for name, layers in self._layers.items()}
 
-    def _denoiser_details(self, layers: _Layers) -> dict[str, Any]:
+    def _figures(self, layers: _Layers) -> dict[str, Any]:
         modules = list(layers.quantised.values())
         kept = [m.original.kept for m in modules]
+        worst = max(layers.errors, key=layers.errors.__getitem__, default="")
         return {
             "layers": len(modules),
             "left_in_float": dict(Counter(layers.left.values())),
@@ -270,12 +289,12 @@ class Int8WeightsMethod(Method[Int8Weights]):
             "bytes_kept_in_memory": sum(size for place, size in kept if place == "memory"),
             "bytes_kept_on_disk": sum(size for place, size in kept if place == "disk"),
             "weight_error_mean": sum(layers.errors.values()) / max(len(layers.errors), 1),
-            "weight_error_worst": list(max(layers.errors.items(), key=lambda item: item[1], default=("", 0.0))),
+            "weight_error_worst": [worst, layers.errors.get(worst, 0.0)],
             "kernels": self._kernel_table(modules),
         }
 
     def _kernel_table(self, modules: list[QLinear]) -> dict[str, Any]:
-        """Per shape: the kernel in use, how many layers use it, and the measured microseconds where there was a choice."""
+        """Per shape: the kernel in use, by how many layers, and the measured microseconds where there was a choice."""
         table: dict[str, Any] = {}
         for module in modules:
             for (rows, dtype), kernel in module.choices.items():

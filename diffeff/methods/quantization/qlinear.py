@@ -129,14 +129,12 @@ class QLinear(nn.Module):
         rows = x.numel() // self.in_features
         key = (row_bucket(rows, x.device), x.dtype)
         if key not in self.choices:
-            self.choices[key] = choose_kernel(
-                rows, self.in_features, self.out_features, x.dtype, x.device, self.among
-            )
+            self.choices[key] = choose_kernel(rows, self.in_features, self.out_features, x.dtype, x.device, self.among)
         return self.choices[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scale = self.weight_scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype is not torch.float32:  # cast along with the model: back to the unrounded values
             self.weight_scale = scale.to(self.weight_scale.device)
         self._packed.clear()

@@ -55,7 +55,8 @@ class KVDownsample(Config):
             raise ConfigError(f"kv_downsample.stop is {self.stop}; it must be greater than start ({self.start})")
         if 0 <= self.last_block < self.first_block:
             raise ConfigError(
-                f"kv_downsample.last_block is {self.last_block}; allowed: -1 or at least first_block ({self.first_block})"
+                f"kv_downsample.last_block is {self.last_block}; allowed: -1, or at least first_block "
+                f"({self.first_block})"
             )
 
     def build(self) -> KVDownsampleMethod:
@@ -189,9 +190,7 @@ class KVDownsampleMethod(Method[KVDownsample]):
             ledger.left[site.name] = reason
         return None
 
-    def _obstacle(
-        self, grid: Grid | None, queries: int, keys: int, call: AttentionCall, ledger: _Ledger
-    ) -> str | None:
+    def _obstacle(self, grid: Grid | None, queries: int, keys: int, call: AttentionCall, ledger: _Ledger) -> str | None:
         """Why this attention is to be left alone."""
         config = self.config
         if grid is None:

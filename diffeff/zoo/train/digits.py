@@ -211,14 +211,14 @@ def sample(pipeline: Any, labels: Tensor, *, steps: int, guidance: float, seed: 
     """Images [N, 3, 32, 32] in [-1, 1] from the pipeline itself."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    images = pipeline(
+    images: Tensor = pipeline(
         class_labels=labels.tolist(),
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=generator,
         output_type="pt",
     ).images
-    return images.float().cpu() * 2 - 1  # type: ignore[no-any-return]
+    return images.float().cpu() * 2 - 1
 
 
 def card(pipeline: Any, seed: int = 1234) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def card(pipeline: Any, seed: int = 1234) -> dict[str, Any]:
         "name": "digits-dit",
         "pipeline": "DiTPipeline",
         "task": "class-to-image",
-        "recommended": {"steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE, "frames": 1},
+        "call": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE},
         "classes": 10,
         "judge_on_real_digits": {"right": real.right, "trials": real.trials},
         "nearest_training_digit_of_real_digits": round(_nearest(digits.judge_images, digits.images), 3),

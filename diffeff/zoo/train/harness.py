@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,12 +164,13 @@ class Muon(torch.optim.Optimizer):
                 self._step_same(same, group)
 
     def _step_same(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        updates = []
+        updates: list[Tensor] = []
         for p in params:
             state = self.state[p]
             buffer = state.setdefault("momentum", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]
-            updates.append(p.grad.lerp(buffer, group["momentum"]))  # type: ignore[union-attr, arg-type]
+            gradient = cast("Tensor", p.grad)
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(buffer, group["momentum"]))
         directions = newton_schulz(torch.stack(updates).flatten(2))
         rows, columns = directions.shape[1:]
         # The update then has the same root-mean-square whatever the aspect ratio.
@@ -180,7 +181,7 @@ class Muon(torch.optim.Optimizer):
 
 def newton_schulz(matrices: Tensor, steps: int = 4) -> Tensor:
     """Nearest semi-orthogonal matrices [N, R, C], approximately, by a quintic iteration."""
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     flip = x.shape[1] > x.shape[2]
     x = x.mT if flip else x
     for _ in range(steps):
@@ -222,6 +223,19 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def state_of(
+    model: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer], steps: int, elapsed: float
+) -> dict[str, Any]:
+    """Everything a run needs to continue, for `save_checkpoint`."""
+    return {
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "steps": steps,
+        "elapsed": elapsed,
+    }
+
+
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """The checkpoint on the CPU, or None where there is none."""
     if not path.exists():
@@ -255,7 +269,7 @@ def progress_bar(name: str, clock: Clock) -> Iterator[Any]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, refresh_per_second=1) as bar:
-        task = bar.add_task(name, total=clock.minutes, completed=clock.elapsed, note="")
+        task = bar.add_task(name, total=clock.minutes, completed=int(clock.elapsed), note="")
 
         def tick(note: str) -> None:
             bar.update(task, completed=min(clock.minutes, clock.elapsed), note=note)
@@ -265,6 +279,6 @@ def progress_bar(name: str, clock: Clock) -> Iterator[Any]:
 
 def split_parameters(blocks: Iterable[nn.Module], model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """(matrices inside `blocks` for Muon, every other parameter of `model` for AdamW)."""
-    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2 and min(p.shape) > 8]
+    matrices: list[Tensor] = [p for block in blocks for p in block.parameters() if p.ndim == 2 and min(p.shape) > 8]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in model.parameters() if id(p) not in chosen]

@@ -58,7 +58,7 @@ BASE = "sprites-sd"
 
 def build_adapter() -> Any:
     """One temporal transformer after every spatial one, 1.7 M parameters. It starts as a small disturbance."""
-    adapter = MotionAdapter(
+    adapter: Any = MotionAdapter(
         block_out_channels=CHANNELS,
         motion_layers_per_block=1,
         motion_num_attention_heads=4,
@@ -230,7 +230,13 @@ def publish_motion(nets: Networks, adapter: Any, out: Path, log: JsonLog, count:
         "pipeline": "AnimateDiffPipeline",
         "base": BASE,
         "task": "text-to-video",
-        "recommended": {"steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE, "frames": FRAMES},
+        "call": {
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "height": SIZE,
+            "width": SIZE,
+            "num_frames": FRAMES,
+        },
         "captions": f"{count} captions never trained on, one clip each",
         "scores": scores.to_json(),
     }

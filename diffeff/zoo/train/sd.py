@@ -122,9 +122,7 @@ def fit_autoencoder(options: TrainOptions, log: JsonLog, minutes: float) -> Any:
         figures = {name: scores.attributes[name].accuracy for name in ("colour", "shape")}
         return {"psnr": psnr(back, held), **figures}
 
-    train_autoencoder(
-        vae, draw, validate, minutes=minutes, log=log, device=options.device, muon=0.03, adam=3e-3
-    )
+    train_autoencoder(vae, draw, validate, minutes=minutes, log=log, device=options.device, muon=0.03, adam=3e-3)
     precondition(vae, frames.pool[torch.randperm(len(frames.pool), generator=generator)[:1000]].float() / 127.5 - 1)
     log.write(stage="vae preconditioned", **validate(vae))
     save_checkpoint(path, {"vae": vae.state_dict()})
@@ -399,7 +397,7 @@ def publish_images(nets: Networks, out: Path, log: JsonLog) -> None:
         "name": "sprites-sd",
         "pipeline": "StableDiffusionPipeline",
         "task": "text-to-image",
-        "recommended": {"steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE, "frames": 1},
+        "call": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE},
         "captions": "200 captions never trained on, one image each",
         "scores": scores.to_json(),
     }

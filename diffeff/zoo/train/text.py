@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from typing import Any
@@ -31,7 +32,7 @@ def byte_pairs(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(piece) > 1 for piece in pieces):
-        counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:], strict=False))
+        counts = Counter(pair for piece in pieces for pair in itertools.pairwise(piece))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         pieces = [_merged(piece, best) for piece in pieces]
@@ -55,7 +56,8 @@ def build_tokenizer() -> Any:
     merges, made = byte_pairs(vocabulary())
     tokens = [*_LETTERS, *(letter + "</w>" for letter in _LETTERS), *made, _START, _END]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+    build: Any = CLIPTokenizer  # annotated for merges as text, which it splits into the pairs given here
+    return build(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_text_encoder(tokenizer: Any) -> Any:

@@ -84,9 +84,9 @@ def dit() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def cogvideox() -> tuple[nn.Module, dict[str, Tensor]]:
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-        num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=7,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=2, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=7,
     )  # fmt: skip
     return model, {
         "hidden_states": torch.randn(1, 2, 4, 8, 8),
@@ -158,7 +158,7 @@ def relative(y: Tensor, exact: Tensor) -> float:
 def test_every_family_runs_close_to_float_and_comes_back_to_the_bit(model_and_inputs, keep: str) -> None:
     model, inputs = model_and_inputs
     before, exact = snapshot(model), call(model, inputs)
-    method, undo, _ = attach(model, activation="dynamic", kernel="int_mm", keep_original=keep)
+    _, undo, _ = attach(model, activation="dynamic", kernel="int_mm", keep_original=keep)
     assert len(quantised(model)) >= 8
     y = call(model, inputs)
     assert 0 < relative(y, exact) < 0.05
@@ -169,7 +169,7 @@ def test_every_family_runs_close_to_float_and_comes_back_to_the_bit(model_and_in
 
 def test_modulation_embeddings_and_layers_outside_the_blocks_stay_float(model_and_inputs) -> None:
     model, _ = model_and_inputs
-    _, undo, denoiser = attach(model)
+    _, undo, _ = attach(model)
     paths = quantised(model)
     stacks = (*STACKS, "mid_block")
     assert all(p.startswith(stacks) for p in paths)
@@ -242,7 +242,7 @@ def test_undo_finds_layers_that_an_unloaded_adapter_moved() -> None:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model, inputs = wan()
+    model, _ = wan()
     plain = {k: v.clone() for k, v in model.state_dict().items()}
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
     _, undo, _ = attach(model)
@@ -329,7 +329,9 @@ def test_float_kernel_is_the_original_layer_to_the_bit() -> None:
 
 def test_float_layers_that_measure_fastest_run_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     speed = {"float": 1.0, "int_mm": 2.0, "dequantise": 3.0}
-    monkeypatch.setattr("diffeff.kernels.int8_linear.dispatch.timings", lambda op, key, device, c: {n: speed[n] for n in c})
+    monkeypatch.setattr(
+        "diffeff.kernels.int8_linear.dispatch.timings", lambda op, key, device, c: {n: speed[n] for n in c}
+    )
     monkeypatch.setattr("diffeff.methods.quantization.int8_weights.measure", lambda *a: speed)
     model, inputs = wan()
     exact, run = call(model, inputs), Run("test", True)
@@ -451,3 +453,38 @@ def test_the_global_random_state_is_not_used() -> None:
     call(model, inputs)
     undo()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- whole pipelines ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["wan", "wan-2expert", "flux", "sd", "dit", "cogvideox"])
+def test_pipelines(family: str) -> None:
+    from tiny import make, run
+
+    from diffeff import DiffEffPipeline
+
+    pipe = DiffEffPipeline(make(family))
+    plain = run(family, pipe, steps=2)
+    pipe.apply([Int8Weights(kernel="int_mm")])
+    first = run(family, pipe, steps=2)
+    outcome = pipe.report.methods[0]
+    assert outcome.engaged, outcome.reason
+    assert set(outcome.details) == {d.name for d in pipe.denoisers}
+    assert 0 < (first - plain).norm() / plain.norm() < 0.1
+    assert torch.equal(run(family, pipe, steps=2), first)
+    json.dumps(pipe.report.to_dict())
+    pipe.remove()
+    assert torch.equal(run(family, pipe, steps=2), plain)
+
+
+def test_a_saved_pipeline_comes_back_with_the_same_int8_weights(tmp_path: Path) -> None:
+    from tiny import make, run
+
+    from diffeff import DiffEffPipeline
+
+    pipe = DiffEffPipeline(make("dit")).apply([Int8Weights(kernel="int_mm")])
+    first = run("dit", pipe, steps=2)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffEffPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run("dit", again, steps=2), first)
+    assert again.plan.methods == pipe.plan.methods

@@ -1,0 +1,169 @@
+"""What a cache remembers of one run: snapshots per branch, and the one decision per step that all branches share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from diffeff.core.run import Run, StepCall
+from diffeff.methods.caching.indicator import Indicator
+from diffeff.methods.caching.policy import Action, Policy, Situation
+from diffeff.methods.caching.predictor import Predictor, combine
+
+__all__ = ["Moment", "Part", "Snapshot", "Statistics", "Track", "parts_of"]
+
+Tensors = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step as a cache sees it: the clock's entry, its time on the predictor's axis, and the entries around it."""
+
+    index: int
+    time: float
+    done: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `stop` of a denoiser call: one branch, and one group of rows that decide together."""
+
+    branch: str
+    group: int
+    start: int
+    stop: int
+
+    def of(self, x: Tensor, rows: int) -> Tensor:
+        """This part of a tensor whose dimension 0 holds the call's `rows`, the same number of entries for each."""
+        entries = x.shape[0] // rows
+        return x[self.start * entries : self.stop * entries]
+
+
+def parts_of(run: Run, call: StepCall, per_row: bool = False) -> list[Part]:
+    """A call cut into its branches, in order of rows, and into single rows where these decide apart.
+
+    A batched call is cut in two, so that history is shared with calls that bring one of its branches only.
+    """
+    halves = run.guidance_rows(call) if call.branch == "both" else None
+    names = [call.branch]
+    if halves is not None:
+        names = ["uncond", "cond"] if int(halves[0][0]) == 0 else ["cond", "uncond"]
+    size = call.rows // len(names)
+    width = 1 if per_row else size
+    return [
+        Part(name, row if per_row else 0, n * size + row, n * size + row + width)
+        for n, name in enumerate(names)
+        for row in range(0, size, width)
+    ]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Tensors computed at one step (a site may have several streams, some absent)."""
+
+    moment: Moment
+    tensors: Tensors
+
+
+@dataclass
+class Statistics:
+    """What the report tells of one denoiser."""
+
+    computed: dict[str, float] = field(default_factory=dict)
+    total: dict[str, int] = field(default_factory=dict)
+    skipped: set[int] = field(default_factory=set)
+    changes: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def count(self, branch: str, index: int, computed: float) -> None:
+        """One call of `branch` at step `index`, of which the share `computed` was computed."""
+        self.computed[branch] = self.computed.get(branch, 0.0) + computed
+        self.total[branch] = self.total.get(branch, 0) + 1
+        if computed < 1:
+            self.skipped.add(index)
+
+    def to_dict(self) -> dict[str, Any]:
+        changes = self.changes
+        spread = {"min": min(changes), "median": median(changes), "max": max(changes)} if changes else None
+        return {
+            "computed": {k: round(v, 3) for k, v in self.computed.items()},
+            "total": dict(self.total),
+            "skipped_steps": sorted(self.skipped),
+            "change": spread,
+            "bytes_held": self.peak_bytes,
+        }
+
+
+@dataclass
+class Track:
+    """One group of rows in one denoiser: one decision per step, one history per branch.
+
+    The first call of a step decides; the other branches follow, except that a branch without snapshots as recent as
+    the last computed step is computed. So no branch starves the other, and none is predicted from older data.
+    """
+
+    policy: Policy
+    predictor: Predictor
+    indicator: Indicator | None = None
+    histories: dict[str, deque[Snapshot]] = field(default_factory=dict)
+    last: int | None = None
+    """Entry of the last step that was decided to be computed, and was."""
+    decided: int | None = None
+    leader: str = ""
+    action: Action = Action.COMPUTE
+
+    def decide(self, at: Moment, branch: str, x: Tensor, statistics: Statistics) -> Action:
+        """The step's decision, made once per step. `x` is what the indicator looks at."""
+        if self.decided == at.index:
+            return self.action
+        change = None if self.indicator is None else self.indicator.change(x)
+        self.decided, self.leader = at.index, branch
+        self.action = Action.COMPUTE
+        if self.last is None:
+            return self.action
+        situation = Situation(at.done, at.left, max(at.index - self.last, 1), change)
+        self.action = self.policy.decide(situation)
+        if change is not None:
+            statistics.changes.append(change)
+        return self.action
+
+    def ready(self, branch: str) -> bool:
+        """Whether the branch can be predicted from the last computed step or later."""
+        history = self.histories.get(branch)
+        return history is not None and self.last is not None and history[-1].moment.index >= self.last
+
+    def predict(self, branch: str, at: Moment) -> Tensors:
+        """The branch's tensors at `at`, new ones."""
+        history = self.histories[branch]
+        weights = self.predictor.coefficients([s.moment.time for s in history], at.time)
+        streams = zip(*(s.tensors for s in history), strict=True)
+        return tuple(_combine(stream, weights) for stream in streams)
+
+    def store(self, branch: str, at: Moment, x: Tensor, tensors: Tensors) -> None:
+        """The branch was computed: input `x` of the indicator, and what came out."""
+        history = self.histories.setdefault(branch, deque(maxlen=self.predictor.snapshots))
+        if history and history[-1].moment.index >= at.index:  # the same step again: the later result counts
+            history.pop()
+        history.append(Snapshot(at, tensors))
+        if branch != self.leader or self.action is not Action.COMPUTE:
+            return
+        self.last = at.index
+        if self.indicator is not None:
+            self.indicator.computed(x, tensors[0])
+
+    def bytes_held(self) -> int:
+        """Bytes of all snapshots and of what the indicator holds."""
+        held = [t for h in self.histories.values() for s in h for t in s.tensors if t is not None]
+        held += [t for t in vars(self.indicator).values() if isinstance(t, Tensor)] if self.indicator else []
+        return sum({id(t): t.numel() * t.element_size() for t in held}.values())
+
+
+def _combine(stream: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    present = [x for x in stream if x is not None]
+    return combine(present, weights) if len(present) == len(stream) else None
