@@ -50,10 +50,10 @@ def contact_sheet(rows: Mapping[str, Clip], title: str = "", smallest: int = 128
     height, width = first.shape[1] * factor, first.shape[2] * factor
     title = textwrap.shorten(title, 140, placeholder=" ...")
     side = _MARGIN + max(_extent(line, _STRONG) for label in rows for line in label.split("\n"))
-    head = 34 + (34 if title else 0)
+    head = _MARGIN + (34 if title else 0) + (22 if len(first) > 1 else 0)
     lefts = [side + i * (width + _GAP) for i in range(len(picked))]
     page = _Page(max(lefts[-1] + width + _MARGIN, _extent(title, _TITLE)), head + len(rows) * (height + _MARGIN))
-    page.text(_MARGIN, 26, title, _TITLE)
+    page.text(_MARGIN, 24, title, _TITLE)
     if len(first) > 1:
         for left, number in zip(lefts, picked, strict=True):
             page.text(left + width // 2, head - 14, str(number + 1), _SMALL, "mm", ink=_FAINT)

@@ -75,7 +75,7 @@ class DiffEffPipeline:
 
         A folder written by `save_pretrained` brings its own plan unless `plan` is given. Only safetensors weights are
         read unless `use_safetensors=False`; no code from the model's folder runs unless `trust_remote_code` or
-        `custom_pipeline` is given here. Other `kwargs` (torch_dtype, revision, variant, ...) go to diffusers.
+        `custom_pipeline` is given here. Other `kwargs` (dtype, revision, variant, ...) go to diffusers.
         Raises ModelLoadError or UnknownName.
         """
         start = time.perf_counter()
@@ -96,8 +96,8 @@ class DiffEffPipeline:
         """
         session = self._session
         artefacts = {} if session is None else {m.config.name: dict(m.artefacts()) for m in session.methods}
-        plan = self._plan.stamped(stamp_of(self._pipe, self.denoisers)) if session is not None else None
         with self._plan_off():
+            plan = None if session is None else self._plan.stamped(stamp_of(self._pipe, session.denoisers))
             return loading.save(self._pipe, Path(folder), plan, artefacts, kwargs)
 
     # --- plan ---------------------------------------------------------------------------------------------------
@@ -185,9 +185,9 @@ class DiffEffPipeline:
         """Run the pipeline; same arguments and output as diffusers."""
         if self._session is None:
             return self._pipe(*args, **kwargs)
-        if any(getattr(self._pipe, d.name, None) is not c for d, c in self._session.callees()):
-            with self._plan_off():  # the user put another denoiser in: the plan follows it
-                log.info("a denoiser of %s was replaced; applying the plan to the new one", type(self._pipe).__name__)
+        if self._session.outdated():
+            with self._plan_off():  # the user put another denoiser in, or compiled this one: the plan follows
+                log.info("a denoiser of %s was replaced or compiled; applying the plan anew", type(self._pipe).__name__)
         session = self._session
         device = self._pipe._execution_device
         try:

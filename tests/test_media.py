@@ -116,7 +116,7 @@ def test_contact_sheet_has_a_row_per_clip_and_spreads_long_clips() -> None:
     rows = {"plain\n30 steps": clip(25), "|difference|\nPSNR 30 dB": panels.difference(clip(25), clip(25))}
     sheet = panels.contact_sheet(rows, "a prompt", smallest=96, columns=5)
     assert sheet.shape[0] == 1
-    assert sheet.shape[1] == 68 + 2 * (96 + 12)
+    assert sheet.shape[1] == 12 + 34 + 22 + 2 * (96 + 12)
     assert sheet.shape[2] > 5 * 128
     assert len(panels.contact_sheet({"still": clip(1)})) == 1
 

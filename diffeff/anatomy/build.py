@@ -101,6 +101,7 @@ class Stack:
     returns: tuple[Literal["image", "text"], ...] = ("image",)
 
     def io(self, block: nn.Module) -> TokenIO:
+        """How to read one of its blocks. Raises UnsupportedModel when the block's forward lacks a stream."""
         image = Slot.of(block, "hidden_states")
         if "text" not in self.returns:
             return TokenIO(image)
@@ -125,6 +126,9 @@ class TransformerAnatomy:
     sample: str = "hidden_states"
     timestep: str = "timestep"
     text: str | None = "encoder_hidden_states"
+    guided: Callable[[Any, Mapping[str, Any]], bool] | None = None
+    """Whether a call with these arguments carries both guidance branches, from the model's config; None where the
+    batch of the latents tells."""
     notes: tuple[str, ...] = ()
 
     def describe(self, module: nn.Module, name: str) -> DenoiserMap:
@@ -138,6 +142,7 @@ class TransformerAnatomy:
             cfg=self.cfg,
             residual=True,
             signature=signature,
+            guided=None if self.guided is None else partial(self.guided, module.config),
             sample=self.sample,
             timestep=self.timestep,
             text=self.text,
@@ -149,7 +154,8 @@ class TransformerAnatomy:
     def _blocks(self, module: nn.Module) -> Iterator[BlockSite]:
         index = 0
         for stack in self.stacks:
-            for number, block in enumerate(module.get_submodule(stack.path).children()):
+            stacked: Any = module.get_submodule(stack.path)
+            for number, block in enumerate(stacked):
                 name = f"{stack.path}.{number}"
                 yield block_site(name, block, index, stack.group, stack.io(block), self._kind)
                 index += 1

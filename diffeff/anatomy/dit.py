@@ -16,6 +16,12 @@ def _tokens(config: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     return 1, height // config.patch_size, width // config.patch_size
 
 
+def _guided(config: Any, arguments: Mapping[str, Any]) -> bool:
+    """The pipeline steps the doubled latents, so their batch tells nothing; the second half is the null class."""
+    labels = arguments["class_labels"]
+    return len(labels) % 2 == 0 and bool((labels[len(labels) // 2 :] == config.num_embeds_ada_norm).all())
+
+
 DIT = TransformerAnatomy(
     family="dit",
     title="DiT",
@@ -26,5 +32,6 @@ DIT = TransformerAnatomy(
     cfg=CFG.BATCHED_COND_FIRST,
     grid=_tokens,
     text=None,
+    guided=_guided,
     notes=("The scheduler steps the doubled latents, both halves of them.",),
 )

@@ -179,6 +179,9 @@ class DenoiserMap:
         default=lambda site, tokens, arguments: None, repr=False, compare=False
     )
     """Grid of one attention site, from its query length and the denoiser's arguments by name; None if unknown."""
+    guided: Callable[[Mapping[str, Any]], bool] | None = field(default=None, repr=False, compare=False)
+    """Whether a call, given its arguments by name, carries both guidance branches; None where the batch of the latents
+    tells (nearly everywhere)."""
     generic: bool = False
     """True when the description was guessed from diffusers' block metadata, not written for this family."""
     notes: tuple[str, ...] = ()

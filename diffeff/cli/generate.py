@@ -15,7 +15,7 @@ from diffeff.cli.group import alone
 from diffeff.cli.outputs import Files, summary, words
 from diffeff.cli.progress import Stages
 from diffeff.cli.request import Request, call, call_options, is_clip, recommended, scene_of
-from diffeff.errors import OutputError, UnsupportedModel
+from diffeff.errors import ConfigError, OutputError, UnsupportedModel
 from diffeff.media import check_target, enlarge, to_bytes, write
 
 if TYPE_CHECKING:
@@ -128,6 +128,9 @@ def _placement(request: Request) -> tuple[str, Any]:
     device: str = request.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(device, True):
+        raise ConfigError(f"torch finds no device {device!r} here; diffeff doctor says why")
     dtype: str = request.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
@@ -167,6 +170,6 @@ def _compare(job: _Job) -> tuple[dict[str, Any], list[str]]:
     request, scene = job.request, scene_of(job.request)
     with Files(job.output, request.fps, request.enlarge) as files:
         result = compare(job.pipe, job.plan, job.run, job.steps, rounds=request.rounds, scene=scene, observe=files.arm)
-        subject = f"class {request.label}" if request.prompt is None else request.prompt
+        subject = job.options.get("prompt", f"class {request.label or request.prompt}")
         files.comparison(result, f"{subject} ({request.model}, seed {request.seed})", job.settings)
     return job.settings | {"comparison": result.to_dict(), "files": files.written}, summary(result, files.written)

@@ -74,6 +74,10 @@ class Patch:
         """The attribute the seam sits in now (accelerate moves it); None when something covers or dropped it."""
         return next((s for s in self._slots if self.owner.__dict__.get(s) is self.seam), None)
 
+    def outdated(self) -> bool:
+        """Whether the module was compiled in place after the seam went in, so that the seam is inside the graph."""
+        return self.name == "forward" and self.owner.__dict__.get(_CALLS[0]) not in (None, self.seam)
+
     def check(self) -> None:
         """Raise ForeignPatchError when the seam is not where it can be taken out."""
         if self.slot() is None:

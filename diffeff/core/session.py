@@ -52,6 +52,12 @@ class Session:
         self._containers: dict[str, type] = {}
         self._callees = {d.name: getattr(pipeline, d.name) for d in denoisers}
 
+    def outdated(self) -> bool:
+        """Whether the pipeline has changed under the plan: another denoiser object, or one compiled since. Attaching
+        anew puts the seams where they belong."""
+        replaced = any(getattr(self.pipeline, d.name, None) is not c for d, c in self.callees())
+        return replaced or any(patch.outdated() for patch in self._patches)
+
     def callees(self) -> list[tuple[DenoiserMap, Any]]:
         """Each denoiser with the object the pipeline called when the plan was attached (compiled wrappers included)."""
         return [(d, self._callees[d.name]) for d in self.denoisers]
@@ -284,7 +290,9 @@ class Session:
             for method in self.methods:
                 method.begin(run)
         sample = call.sample
-        if run.latent_rows is None and denoiser.cfg in _BATCHED:
+        if denoiser.guided is not None:
+            run.latent_rows = call.rows // 2 if denoiser.guided(call.arguments) else call.rows
+        elif run.latent_rows is None and denoiser.cfg in _BATCHED:
             guided = getattr(self.pipeline, "do_classifier_free_guidance", None)
             if guided is not None:
                 run.latent_rows = sample.shape[0] // 2 if guided and sample.shape[0] % 2 == 0 else sample.shape[0]

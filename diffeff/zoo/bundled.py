@@ -83,7 +83,7 @@ def recommended(name: str) -> Recommended:
 def load(name: str, **kwargs: Any) -> DiffusionPipeline:
     """Load a bundled pipeline without touching the network; `kwargs` go to diffusers' `from_pretrained`.
 
-    Takes under a second or two. Weights are stored in fp16 and load in fp32 unless `torch_dtype` is given.
+    Takes under a second or two. Weights are stored in fp16 and load in fp32 unless `dtype` is given.
     """
     folder = path(name)
     if (folder / "base.json").exists():
@@ -104,7 +104,7 @@ def _with_adapter(folder: Path, **kwargs: Any) -> DiffusionPipeline:
 
     base_name = json.loads((folder / "base.json").read_text(encoding="utf-8"))["base"]
     base = _pretrained(path(base_name), **kwargs)
-    precision = {key: kwargs[key] for key in ("torch_dtype",) if key in kwargs}
+    precision = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
     adapter = diffusers.MotionAdapter.from_pretrained(folder, local_files_only=True, **precision)
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
     parts = {key: getattr(base, key) for key in ("vae", "text_encoder", "tokenizer", "unet")}

@@ -85,6 +85,7 @@ def test_version() -> None:
         (["generate", "x", "-m", "sprites-wam"], 3),
         (["generate", "x", "-m", "./no-such-folder"], 3),
         (["generate", "x", "--plan", "quick"], 3),
+        (["generate", "x", "--device", "mps" if sys.platform == "linux" else "cuda"], 3),
         (["generate", "x", "-o", "out.avi"], 4),
         (["generate", "x", "-o", "/dev/null/out.mp4"], 4),
     ],

@@ -1,7 +1,7 @@
 """A scripted denoiser: methods are driven through a whole run without any model, so that the maths can be checked.
 
-    seen = drive([FeatureCache(interval=2)], lambda x, branch, i: x * i, steps=8)
-    seen.outputs["cond"][3], seen.computed["cond"]
+seen = drive([FeatureCache(interval=2)], lambda x, branch, i: x * i, steps=8)
+seen.outputs["cond"][3], seen.computed["cond"]
 """
 
 from __future__ import annotations

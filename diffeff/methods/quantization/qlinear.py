@@ -113,7 +113,8 @@ class QLinear(nn.Module):
         """Bytes of the int8 weight, its scales and the copy that `aten_dynamic` makes of them."""
         return (self.qweight.nbytes + self.weight_scale.nbytes) * (1 + len(self._packed))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's own name: diffusers passes it by keyword)
+        x = input
         kernel = self._kernel(x)
         if kernel == "float":
             bias = None if self.bias is None else self.bias.to(x.dtype)

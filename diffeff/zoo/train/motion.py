@@ -50,7 +50,7 @@ from diffeff.zoo.train.sd import (
 )
 from diffeff.zoo.world import HELD_OUT, Scene
 
-CLIPS, IMAGES = 10, 24
+CLIPS, IMAGES = 12, 12
 IMAGE_SHARE = 0.3
 STEPS, GUIDANCE = 20, 3.0
 BASE = "sprites-sd"
@@ -93,11 +93,12 @@ def clip_loss(
     batch: int,
     alphas: Tensor,
     generator: torch.Generator,
+    noisy: float = 0.6,
 ) -> Tensor:
-    """Denoising loss of whole clips under full or empty captions."""
+    """Denoising loss of whole clips under full or empty captions, `noisy` of them where moves are decided."""
     device = clips.latents.device
     which = torch.randint(len(clips.scenes), (batch,), generator=generator).to(device)
-    t = draw_timesteps(batch, 600, 0.6, generator)
+    t = draw_timesteps(batch, 600, noisy, generator)
     example = noised(clips.latents[which], clips.cover[which], t, alphas, generator)
     ids = captions.draw(clips.scenes[which], 0.0, generator)
     with autocast(device):
@@ -195,7 +196,8 @@ def fit_jointly(nets: Networks, clips: LatentClips, options: TrainOptions, log: 
     due = clock.elapsed + min(3.0, options.minutes / 4)
     with progress_bar("joint", clock) as tick:
         while not clock.done:
-            video = clip_loss(run.model, nets, clips, captions, CLIPS, alphas, generator)
+            noisy = 0.9 if clock.fraction < 0.6 else 0.5  # first the moves, then a steady picture
+            video = clip_loss(run.model, nets, clips, captions, CLIPS, alphas, generator, noisy)
             image = image_loss(nets, clips, captions, IMAGES, alphas, generator)
             ((1 - IMAGE_SHARE) * video + IMAGE_SHARE * image).backward()
             run.optimisers.step(cosine(clock.fraction))
