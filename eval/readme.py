@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ def update(text: str) -> str:
     for name in re.findall(r"<!-- (\w[\w-]*) -->", text):
         part = _PARTS[name]()
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, _fill(part), text, flags=re.DOTALL)
     return text
+
+
+def _fill(part: str) -> Callable[[re.Match[str]], str]:
+    return lambda found: f"{found[1]}{part}\n{found[2]}"
 
 
 def latest(model: str, file: Path | None = None) -> list[dict[str, Any]]:
@@ -76,9 +80,19 @@ def _one_line(plan: Plan) -> str:
 def _models() -> str:
     rows = []
     for name in bundled.NAMES:
-        card = json.loads((bundled.path(name) / "card.json").read_text("utf-8"))
-        rows.append([f"`{name}`", bundled.describe(card)])
-    return _table(["model", "what it does, and its true scores"], rows)
+        card = bundled.card(name)
+        rows.append([f"[`{name}`](diffeff/zoo/models/{name}/README.md)", card["pipeline"], _scores(card)])
+    return _table(["model", "pipeline", "scores on held-out captions or classes"], rows)
+
+
+def _scores(card: dict[str, Any]) -> str:
+    return ", ".join(_proportion(name, entry) for name, entry in bundled.proportions(card))
+
+
+def _proportion(name: str, entry: Mapping[str, Any]) -> str:
+    low, high = entry["interval95"]
+    label = "" if name == "scores" else f"{name} "
+    return f"{label}{entry['right']} of {entry['trials']} [{100 * low:.0f} to {100 * high:.0f} %]"
 
 
 def _results(model: str) -> Callable[[], str]:

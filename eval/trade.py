@@ -60,13 +60,12 @@ def measure_trade(
     steps: int | None = None,
     observe: Any = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """One JSON-ready row per arm, plain first. `prompts` held-out captions, one seed each. Raises what `apply` raises."""
+    """One JSON-ready row per arm, plain first. `prompts` held-out captions, one seed each."""
     pipe = DiffEffPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    best = bundled.recommended(model)
-    full = steps or best.steps
-    options = {"guidance_scale": best.guidance, "height": best.height, "width": best.width}
-    options |= {"num_frames": best.frames} if best.frames > 1 else {}
+    best = bundled.recommended(model).call_options()
+    full: int = steps or best["num_inference_steps"]
+    options = {k: v for k, v in best.items() if k != "num_inference_steps"}
     arms = [Arm("plain", Plan(), full), *(Arm(name, plan, full) for name, plan in plans)]
     arms += [Arm(f"plain, {n} steps", Plan(), n) for n in fewer]
     scenes = _scenes(prompts)

@@ -55,23 +55,6 @@ def _settings(name: str) -> str:
 
 
 def _scores(card: Mapping[str, Any]) -> Iterator[str]:
-    """Every proportion on the card that was measured at the recommended settings, wherever it stands."""
-    call = card.get("call", {})
-    wanted = {"steps": call.get("num_inference_steps"), "guidance": call.get("guidance_scale")}
-    for path, entry in _proportions(card):
-        if all(entry.get(key, value) == value for key, value in wanted.items()):
-            low, high = entry["interval95"]
-            yield escape(f"{path} {entry['right']} of {entry['trials']} ({low:.2f} to {high:.2f})")
-
-
-def _proportions(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All entries with `right`, `trials` and `interval95` inside nested JSON, with the last name on the way there."""
-    if isinstance(value, Mapping):
-        if {"right", "trials", "interval95"} <= value.keys():
-            yield path, value
-        else:
-            for name, inner in value.items():
-                yield from _proportions(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _proportions(inner, path)
+    for path, entry in bundled.proportions(card):
+        low, high = entry["interval95"]
+        yield escape(f"{path} {entry['right']} of {entry['trials']} ({low:.2f} to {high:.2f})")

@@ -76,4 +76,5 @@ def _sigmas(scheduler: Any, timesteps: Tensor) -> Tensor | None:
     if alphas is None:
         return None
     at = alphas.to("cpu", torch.float64)[timesteps.long().clamp(0, len(alphas) - 1)]
-    return ((1 - at) / at.clamp_min(1e-12)).sqrt()
+    noise: Tensor = ((1 - at) / at.clamp_min(1e-12)).sqrt()
+    return noise

@@ -38,7 +38,7 @@ class Seam:
         self._handler = handler
         self._plain_copy = plain_copy
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._handler(self.inner, args, kwargs)
 

@@ -317,14 +317,16 @@ class Session:
                 result = inner(*c.args, **c.kwargs)
             run.count_computed(call, c, len(c.denoiser.blocks))
             raw.append(result)
-            return result[0]  # both a tuple and diffusers' output classes index their first field
+            prediction: Tensor = result[0]  # a tuple and diffusers' output classes both index their first field
+            return prediction
 
         run.count_asked(call, len(call.denoiser.blocks))
         methods = subscribers(self.methods, "around_step")
         if not methods:
             return compute(call)
         hooks = [lambda c, proceed, m=m: _step_hook(run, m, c, proceed) for m in methods]
-        return nest(hooks, compute)(call)
+        prediction: Tensor = nest(hooks, compute)(call)
+        return prediction
 
     def _wrap(self, call: StepCall, prediction: Tensor, raw: list[Any]) -> Any:
         """The prediction in the container the pipeline asked for; the model's own object where it is untouched."""
@@ -350,7 +352,7 @@ class _Mark:
             "state of this session. Call remove() on the DiffEffPipeline first."
         )
 
-    __deepcopy__ = __reduce_ex__ = _refuse  # type: ignore[assignment]
+    __deepcopy__ = __reduce_ex__ = _refuse
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:

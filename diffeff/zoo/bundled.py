@@ -11,6 +11,7 @@ measured. A folder may instead hold an adapter and name the bundled pipeline it 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -78,6 +79,28 @@ def recommended(name: str) -> Recommended:
     """The settings on the card."""
     options = card(name)["call"]
     return Recommended(**{field: options.get(argument) for field, argument in _ARGUMENTS.items()})
+
+
+def proportions(card: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every proportion on a card that was measured at the recommended settings, with its name, wherever it stands:
+    entries with `right`, `trials` and `interval95`."""
+    call = card.get("call", {})
+    wanted = {"steps": call.get("num_inference_steps"), "guidance": call.get("guidance_scale")}
+    for name, entry in _proportions(card):
+        if all(entry.get(key, value) == value for key, value in wanted.items()):
+            yield name, entry
+
+
+def _proportions(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(value, Mapping):
+        if {"right", "trials", "interval95"} <= value.keys():
+            yield path, value
+        else:
+            for name, inner in value.items():
+                yield from _proportions(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _proportions(inner, path)
 
 
 def load(name: str, **kwargs: Any) -> DiffusionPipeline:

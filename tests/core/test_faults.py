@@ -38,9 +38,7 @@ CACHE = FeatureCache(site="step", interval=2, first=1, last=1)
 def call_in(dtype: torch.dtype, family: str, pipe: Any, **options: Any) -> dict[str, Any]:
     """A call whose tensors have the pipeline's precision, as diffusers expects of embeddings that are passed in."""
     named = call_kwargs(family, pipe, **options)
-    return {
-        k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in named.items()
-    }
+    return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in named.items()}
 
 
 def denoiser_of(pipe: Any) -> torch.nn.Module:

@@ -120,7 +120,7 @@ def test_object_stays_inside_the_frame() -> None:
 
 @pytest.mark.parametrize("damage", ["none", "blur", "blur and noise"])
 def test_measure_reads_ground_truth(damage: str) -> None:
-    scenes = sample_scenes(SCENES, 200 if damage == "none" else 60, seeded(5))
+    scenes = sample_scenes(SCENES, 200 if damage == "none" else 50, seeded(5))
     clips = render(scenes, generator=seeded(6))
     if damage != "none":
         clips = blurred(clips, 1.5)

@@ -15,7 +15,7 @@ TRAINERS: dict[str, tuple[str, float]] = {
     "digits-dit": ("diffeff.zoo.train.digits:train", 7.0),
     "sprites-sd": ("diffeff.zoo.train.sd:train", 38.0),
     "sprites-motion": ("diffeff.zoo.train.motion:train", 40.0),
-    "sprites-wan": ("diffeff.zoo.train.wan:train", 110.0),
+    "sprites-wan": ("diffeff.zoo.train.wan:train", 90.0),
 }
 
 

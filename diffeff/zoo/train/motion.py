@@ -50,8 +50,9 @@ from diffeff.zoo.train.sd import (
 )
 from diffeff.zoo.world import HELD_OUT, Scene
 
-CLIPS, IMAGES = 12, 12
-IMAGE_SHARE = 0.3
+CLIPS, IMAGES = 12, 24
+IMAGE_SHARE, IMAGES_EVERY = 0.3, 4
+OBJECT_WEIGHT = 1.0  # the camera shows in the ground only, and was the last thing learned
 STEPS, GUIDANCE = 20, 3.0
 BASE = "sprites-sd"
 
@@ -99,7 +100,7 @@ def clip_loss(
     device = clips.latents.device
     which = torch.randint(len(clips.scenes), (batch,), generator=generator).to(device)
     t = draw_timesteps(batch, 600, noisy, generator)
-    example = noised(clips.latents[which], clips.cover[which], t, alphas, generator)
+    example = noised(clips.latents[which], clips.cover[which], t, alphas, generator, OBJECT_WEIGHT)
     ids = captions.draw(clips.scenes[which], 0.0, generator)
     with autocast(device):
         words = nets.text_encoder(ids)[0].repeat_interleave(FRAMES, dim=0)
@@ -170,7 +171,7 @@ class _Joint:
         self.model = join(nets.unet, self.adapter)
         trained = (self.model, nets.text_encoder)
         self.optimisers = Optimisers(trained, muon=0.015, adam=2e-3, edges=EDGES)
-        self.ema = EMA(*trained, decay=0.996)
+        self.ema = EMA(*trained, decay=0.99)
         self.elapsed = 0.0
         saved = load_checkpoint(self.path) if options.resume else None
         if saved is not None:
@@ -198,8 +199,11 @@ def fit_jointly(nets: Networks, clips: LatentClips, options: TrainOptions, log: 
         while not clock.done:
             noisy = 0.9 if clock.fraction < 0.6 else 0.5  # first the moves, then a steady picture
             video = clip_loss(run.model, nets, clips, captions, CLIPS, alphas, generator, noisy)
-            image = image_loss(nets, clips, captions, IMAGES, alphas, generator)
-            ((1 - IMAGE_SHARE) * video + IMAGE_SHARE * image).backward()
+            loss = (1 - IMAGE_SHARE) * video
+            if step % IMAGES_EVERY == 0:  # enough to keep what the UNet already knows
+                image = image_loss(nets, clips, captions, IMAGES, alphas, generator)
+                loss = loss + IMAGE_SHARE * image
+            loss.backward()
             run.optimisers.step(cosine(clock.fraction))
             run.ema.update()
             step += 1

@@ -252,15 +252,22 @@ class Noised:
         return (self.weight * (prediction.float() - self.target).square()).mean() / self.weight.mean()
 
 
-def noised(latents: Tensor, cover: Tensor, t: Tensor, alphas: Tensor, generator: torch.Generator) -> Noised:
-    """Noise latents [B, ...] to timesteps [B]; cells that hold the object weigh OBJECT_WEIGHT more."""
+def noised(
+    latents: Tensor,
+    cover: Tensor,
+    t: Tensor,
+    alphas: Tensor,
+    generator: torch.Generator,
+    object_weight: float = OBJECT_WEIGHT,
+) -> Noised:
+    """Noise latents [B, ...] to timesteps [B]; cells that hold the object weigh `object_weight` more."""
     latents = latents.float()
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     t = t.to(latents.device)
     a = alphas[t].view(-1, *[1] * (latents.ndim - 1))
     sample = a.sqrt() * latents + (1 - a).sqrt() * noise
     target = a.sqrt() * noise - (1 - a).sqrt() * latents
-    return Noised(sample, t, target, 1 + OBJECT_WEIGHT * cover.float())
+    return Noised(sample, t, target, 1 + object_weight * cover.float())
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,16 +396,16 @@ def train(options: TrainOptions) -> None:
     publish_images(nets, options.out, log)
 
 
-def publish_images(nets: Networks, out: Path, log: JsonLog) -> None:
-    """Score the pipeline on all held-out captions and save it with its card."""
-    scores = score_images(nets.pipeline(), list(HELD_OUT))
+def publish_images(nets: Networks, out: Path, log: JsonLog, count: int = len(HELD_OUT)) -> None:
+    """Score the pipeline on `count` held-out captions and save it with its card."""
+    scores = score_images(nets.pipeline(), list(HELD_OUT[:count]))
     log.write(stage="score", right=scores.everything.right, trials=scores.everything.trials, **flat(scores))
     facts = {
         "name": "sprites-sd",
         "pipeline": "StableDiffusionPipeline",
         "task": "text-to-image",
         "call": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE},
-        "captions": "200 captions never trained on, one image each",
+        "captions": f"{count} captions never trained on, one image each",
         "scores": scores.to_json(),
     }
 
@@ -420,7 +427,7 @@ def _readme(scores: Scores) -> str:
             f"Recommended: {STEPS} steps, guidance {GUIDANCE}. Reproduce: `python -m diffeff.zoo.train sprites-sd`,",
             "then `python -m diffeff.zoo.train sprites-motion`, which trains the UNet further on clips and images.",
             "",
-            "Measured on the 200 captions held out from training, one image each:",
+            f"Measured on {scores.everything.trials} captions held out from training, one image each:",
             "",
             score_table(scores),
         ]

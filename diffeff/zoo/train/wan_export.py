@@ -23,7 +23,7 @@ from diffeff.zoo.world import HELD_OUT, Scene
 Pipeline: TypeAlias = Any  # diffusers.WanPipeline
 _diffusers: Any = diffusers  # a lazy module, opaque to type checkers
 
-STEPS, GUIDANCE, FLOW_SHIFT = 30, 3.0, 3.0
+STEPS, GUIDANCE, FLOW_SHIFT = 30, 2.0, 3.0
 
 
 def build_pipeline(tokenizer: WordTokenizer, joint: Joint, vae: Vae) -> Pipeline:
@@ -203,6 +203,8 @@ Attributes are read back from the pixels by `diffeff.zoo.measure`, which contain
 
 ## Limits
 
-It knows 27 words and nothing else; other words are read as unknown. Sizes, lengths and aspect ratios other than
-9 frames of 64x64 were not trained. The autoencoder blurs the floor slightly.
+It knows 23 words and nothing else; other words are read as unknown. Sizes, lengths and aspect ratios other than
+9 frames of 64x64 were not trained. Outlines wobble a little from frame to frame and the floor is soft. The scores
+are near their ceiling, so they notice breakage and not small losses: compare pixels with the unmodified run for
+those.
 """
