@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from diffeff import __version__
+
 __all__ = ["STATEMENTS", "compare", "seconds"]
 
 STATEMENTS = {
@@ -62,7 +64,10 @@ def record(times: dict[str, list[float]]) -> dict[str, object]:
         "rounds": len(times["import diffeff"]),
         "seconds": {statement: _spread(values) for statement, values in times.items()},
         "ratio_to_diffusers": ratios,
-        "versions": {name: version(name) for name in ("diffeff", "diffusers", "transformers", "torch")},
+        "versions": {
+            "diffeff": __version__,
+            **{name: version(name) for name in ("diffusers", "transformers", "torch")},
+        },
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
