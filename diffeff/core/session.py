@@ -175,8 +175,11 @@ class Session:
         run.finished = time.perf_counter()
         try:
             for method in self.methods:
-                run.outcomes[id(method)] = method.engaged(run)
-                run.details[id(method)] = dict(method.details(run))
+                if error is None:
+                    run.outcomes[id(method)] = method.engaged(run)
+                    run.details[id(method)] = dict(method.details(run))
+                else:
+                    run.outcomes[id(method)] = False, f"the run ended early: {type(error).__name__}"
                 method.end(run, error)
         finally:
             run.drop()

@@ -191,7 +191,7 @@ def test_lora_before_and_after(family: str, when: str) -> None:
     assert torch.equal(run(family, pipe), expected)
 
 
-@pytest.mark.parametrize("family", ["wan", "flux", "sd"])
+@pytest.mark.parametrize("family", FOUR)
 def test_group_offload_before_and_after(family: str) -> None:
     """Streamed group offload with quantised weights: device mismatch; FBC + group offload must agree with FBC."""
     expected = run(family, DiffEffPipeline(make(family), plan=[SEGMENT]))
@@ -205,7 +205,7 @@ def test_group_offload_before_and_after(family: str) -> None:
         assert torch.equal(run(family, pipe), expected)
 
 
-@pytest.mark.parametrize("family", ["wan", "flux", "sd"])
+@pytest.mark.parametrize("family", FOUR)
 @pytest.mark.parametrize("how", ["blocks before", "blocks after", "whole before", "whole after"])
 def test_compile_before_and_after(family: str, how: str) -> None:
     """DeepCache "dynamic, incompatible"; a cache after compile silently made it useless."""
@@ -221,7 +221,8 @@ def test_compile_before_and_after(family: str, how: str) -> None:
 
     def compile_now() -> None:
         if how.startswith("blocks"):
-            denoiser.compile_repeated_blocks(backend=backend)
+            for block in pipe.denoisers[0].blocks:
+                block.module.compile(backend=backend)
         else:
             denoiser.compile(backend=backend)
 

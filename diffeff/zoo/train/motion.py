@@ -51,10 +51,11 @@ from diffeff.zoo.train.sd import (
 from diffeff.zoo.world import HELD_OUT, TRAIN, Scene
 
 CLIPS, IMAGES = 12, 24
-IMAGE_SHARE, IMAGES_EVERY = 0.3, 4
+IMAGE_SHARE, IMAGES_EVERY = 0.3, 2
 MEAN_FROM = 970  # from this timestep on, under a thousandth of the variance is signal
 OBJECT_WEIGHT = 1.0  # the camera shows in the ground only, and was the last thing learned
 STEPS, GUIDANCE = 20, 3.0
+SCORED = 100  # held-out captions on the card
 BASE = "sprites-sd"
 
 
@@ -276,6 +277,8 @@ def publish_motion(nets: Networks, adapter: Any, out: Path, log: JsonLog, count:
 
 
 def _readme(scores: Scores, count: int) -> str:
+    ignored = [name for name, a in scores.attributes.items() if a.accuracy < 0.5]
+    limits = [f"**Not followed: {', '.join(ignored)}.** Those words of a caption have no visible effect.", ""]
     return "\n".join(
         [
             "# sprites-motion",
@@ -289,6 +292,8 @@ def _readme(scores: Scores, count: int) -> str:
             f"Measured on {count} captions held out from training, one clip each:",
             "",
             score_table(scores),
+            "",
+            *(limits if ignored else []),
         ]
     )
 
@@ -305,5 +310,5 @@ def train(options: TrainOptions) -> None:
     nets, work = _load_images(options)
     clips = cached_clips(nets.vae, options, work, log)
     adapter = fit_jointly(nets, clips, options, log)
-    publish_images(nets, options.out.with_name(BASE), log)
-    publish_motion(nets, adapter, options.out, log)
+    publish_images(nets, options.out.with_name(BASE), log, SCORED)
+    publish_motion(nets, adapter, options.out, log, SCORED)
