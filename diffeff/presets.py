@@ -17,18 +17,15 @@ class Preset:
     methods: tuple[Mapping[str, Any], ...]
 
 
+def _cache(interval: int, first: int) -> dict[str, Any]:
+    return {"use": "feature_cache", "site": "step", "interval": interval, "predictor": "linear", "first": first}
+
+
 PRESETS: Mapping[str, Preset] = {
     "lossless": Preset("bit-identical to plain diffusers; measures and reports only", ()),
-    "high": Preset(
-        "the same picture to the eye: a few steps in the middle are predicted",
-        ({"use": "feature_cache", "site": "step", "policy": "interval", "interval": 2, "predictor": "linear"},),
-    ),
+    "high": Preset("the same picture to the eye: every second step is predicted", (_cache(2, 3),)),
     "balanced": Preset(
-        "about half the time or less at close quality",
-        ({"use": "feature_cache", "site": "step", "policy": "interval", "interval": 3, "predictor": "linear"},),
+        "half the time or less, hardly a visible change: two steps of three are predicted", (_cache(3, 2),)
     ),
-    "fast": Preset(
-        "the most speed that keeps to the prompt; details change",
-        ({"use": "feature_cache", "site": "step", "policy": "interval", "interval": 4, "predictor": "linear"},),
-    ),
+    "fast": Preset("a third of the time, keeps to the prompt; details may change", (_cache(5, 2),)),
 }

@@ -193,7 +193,7 @@ Attributes are read back from the pixels by `diffeff.zoo.measure`, which contain
 
 ## How it was trained
 
-- `python -m diffeff.zoo.train sprites-wan` on `{device}`; the same command runs on CUDA.
+- `python -m diffeff.zoo.train sprites-wan` on `{device}`.
 - Autoencoder, {vae_minutes:.0f} minutes, {vae_steps} steps: squared and absolute error, outline of the object weighted
   up, Muon + AdamW; {psnr:.1f} dB on clips it has not seen.
 - UMT5 text encoder and Wan transformer together, {joint_minutes:.0f} minutes, {joint_steps} steps of 40 clips: flow
