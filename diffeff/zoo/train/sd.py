@@ -45,7 +45,7 @@ VAE_SHARE = 0.32
 CACHE_CLIPS = 3000
 BATCH = 96
 OBJECT_WEIGHT = 4.0
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 20, 2.0
 #: Layers at the rim of the networks and tables, which are trained with AdamW.
 EDGES = ("conv_in", "conv_out", "embedding", "time_emb")
 
