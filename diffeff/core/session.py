@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from diffeff.anatomy.types import CFG, AttentionSite, BlockSite, DenoiserMap, Memo, Segment, Streams
-from diffeff.core.chains import AttentionTap, nest, subscribers
+from diffeff.anatomy.types import CFG, DenoiserMap
+from diffeff.core.chains import nest, subscribers
 from diffeff.core.clockwork import advance, seek, wind
+from diffeff.core.handlers import SegmentNotes, attention_handler, block_handler, linear_handler, segment_handler
 from diffeff.core.method import Method
 from diffeff.core.run import Run, StepCall
 from diffeff.core.seams import Patch
@@ -46,9 +46,7 @@ class Session:
         self._undo = ExitStack()
         self._scheduler: Any = None
         self._context: str | None = None
-        self._predicted: dict[str, Streams | None] = {}
-        self._entered: dict[str, Streams] = {}
-        self._memos: dict[tuple[str, torch.Size], Memo | None] = {}
+        self._notes = SegmentNotes()
         self._containers: dict[str, type] = {}
         self._callees = {d.name: getattr(pipeline, d.name) for d in denoisers}
 
@@ -121,7 +119,7 @@ class Session:
         modules = dict(denoiser.module.named_modules())
         for method in subscribers(self.methods, "around_linear"):
             for path in method.linear_sites(denoiser):
-                handler = _linear_handler(self, path, modules[path], method)
+                handler = linear_handler(self._present, path, modules[path], method)
                 self._patch(stack, modules[path], "forward", handler)
         taps: dict[str, list[Method[Any]]] = {}
         for method in subscribers(self.methods, "around_attention"):
@@ -129,14 +127,23 @@ class Session:
                 taps.setdefault(site.name, []).append(method)
         for site in denoiser.attentions:
             if site.name in taps:
-                self._patch(stack, site.module, "forward", _attention_handler(self, site, taps[site.name]))
+                self._patch(stack, site.module, "forward", attention_handler(self._present, site, taps[site.name]))
         for method in reversed(subscribers(self.methods, "around_block")):
             for block in method.block_sites(denoiser):
-                self._patch(stack, block.module, "forward", _block_handler(self, block, method))
+                self._patch(stack, block.module, "forward", block_handler(self._present, block, method))
         for method in self.methods:
             for segment in method.segments(denoiser):
                 for block in segment.blocks:
-                    self._patch(stack, block.module, "forward", _segment_handler(self, method, segment, block))
+                    self._patch(
+                        stack,
+                        block.module,
+                        "forward",
+                        segment_handler(self._present, self._notes, method, segment, block),
+                    )
+
+    def _present(self) -> Run | None:
+        run = self.run
+        return None if run is None or run.call is None else run
 
     # --- runs ---------------------------------------------------------------------------------------------------
     @contextmanager
@@ -165,7 +172,8 @@ class Session:
         return Run(type(self.pipeline).__name__, managed)
 
     def _forget(self) -> None:
-        self._context, self._predicted, self._entered, self._memos = None, {}, {}, {}
+        self._context = None
+        self._notes.clear()
 
     def _close(self, error: BaseException | None) -> None:
         run, self.run = self.run, None
@@ -365,81 +373,3 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 def _step_hook(run: Run, method: Method[Any], call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
     with run.on_call(call):
         return method.around_step(run, call, proceed)
-
-
-def _segment_handler(session: Session, method: Method[Any], segment: Segment, block: BlockSite) -> Any:
-    """The seam of one block of a segment that `method` may skip whole."""
-    first, last, io = block is segment.blocks[0], block is segment.blocks[-1], block.io
-    key = f"{id(method)}:{segment.name}"
-
-    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = session.run
-        if run is None or run.call is None:
-            return inner(*args, **kwargs)
-        streams = io.read(args, kwargs)
-        if first:
-            compute = method.enter_segment(run, segment, streams)
-            session._predicted[key] = None if compute else streams
-            session._entered[key] = streams
-        entered = session._predicted.get(key)
-        if entered is None:
-            result = inner(*args, **kwargs)
-            session._memos[block.name, streams.image.shape] = io.memo(result)
-            if last:
-                method.leave_segment(run, segment, session._entered.pop(key), io.outputs(result))
-            return result
-        run.count_skipped_block()
-        if not last:
-            return io.skipped(streams, session._memos.get((block.name, streams.image.shape)))
-        session._entered.pop(key, None)
-        return io.write(method.predict_segment(run, segment, entered))
-
-    return handle
-
-
-def _block_handler(session: Session, block: BlockSite, method: Method[Any]) -> Any:
-    """The seam of one block that `method` wraps."""
-
-    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = session.run
-        if run is None or run.call is None:
-            return inner(*args, **kwargs)
-        raw: list[Any] = []
-
-        def compute(streams: Streams) -> Streams:
-            a, k = block.io.replace(args, kwargs, streams)
-            raw.append(inner(*a, **k))
-            return block.io.outputs(raw[-1])
-
-        after = method.around_block(run, block, block.io.read(args, kwargs), compute)
-        return block.io.write(after, raw[-1] if raw else None)
-
-    return handle
-
-
-def _attention_handler(session: Session, site: AttentionSite, methods: list[Method[Any]]) -> Any:
-    """The seam of one attention module."""
-
-    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = session.run
-        if run is None or run.call is None:
-            return inner(*args, **kwargs)
-        with AttentionTap(run, site, methods) as tap:
-            result = inner(*args, **kwargs)
-        if not tap.calls:
-            run.warn(f"attention {site.name} does not use scaled_dot_product_attention: methods had no effect on it")
-        return result
-
-    return handle
-
-
-def _linear_handler(session: Session, path: str, module: nn.Module, method: Method[Any]) -> Any:
-    """The seam of one linear layer."""
-
-    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = session.run
-        if run is None or run.call is None:
-            return inner(*args, **kwargs)
-        return method.around_linear(run, path, module, args[0], lambda x: inner(x, *args[1:], **kwargs))
-
-    return handle
