@@ -43,7 +43,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@$(PIP) --editable ".[$(EXTRAS)]"
 	@touch $(VENV)/.base $@
 
-demo: $(VENV)/.base ## a clip from a bundled model, plain and accelerated side by side: out/demo.mp4
+demo: $(VENV)/.base ## a clip from a bundled model, plain and accelerated: out/demo.side-by-side.mp4, out/demo.sheet.png
 	@mkdir -p out
 	$(BIN)/diffeff generate "a red circle moving left, camera pans right" --compare -o out/demo.mp4
 

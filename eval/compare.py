@@ -1,6 +1,6 @@
 """Plain against accelerated at one prompt and seed: time, fidelity, adherence; plain with fewer steps, too.
 
-Protocol: every arm runs once untimed (warm-up, and the frames), then the arms take turns in one process, in
+Protocol: every arm runs untimed first (warm-up, and the frames), then the arms take turns in one process, in
 reversed order every other round. A speed-up is the median over rounds of that round's ratio to plain, with its spread.
 """
 
@@ -129,7 +129,7 @@ def compare(
     """Measure what `plan` buys and costs on `pipe`, against plain and against simply using fewer steps.
 
     `observe(name, frames)` is called when the frames of an arm (plain, accelerated, fewer) exist. The pipeline
-    has its own plan back afterwards, whatever happens. Costs about `3 * (rounds + 1)` runs.
+    has its own plan back afterwards, whatever happens. Costs about `3 * (rounds + 1) + 2` runs.
     Raises what `apply` raises, and ValueError for `rounds < 1`.
     """
     if rounds < 1:
@@ -156,19 +156,20 @@ class _Bench:
         self.report: Report | None = None
 
     def warm_up(self, steps: int) -> None:
-        """One untimed run of each arm; how long they took chooses the number of steps of the last one."""
-        took = {name: self.first(name, steps) for name in ("plain", "accelerated")}
+        """Untimed runs of each arm; how long the second ones took chooses the number of steps of the last arm."""
+        for name in ("plain", "accelerated"):
+            self.first(name, steps)
+        took = {name: self.run(name) for name in ("plain", "accelerated")}
         stages = self.report.seconds if self.report is not None else {}
         fixed = stages.get("encode", 0.0) + stages.get("decode", 0.0)
         fewer = fewer_steps(steps, took["plain"], took["accelerated"], fixed)
         if fewer is not None:
             self.first("fewer", fewer)
 
-    def first(self, name: str, steps: int) -> float:
+    def first(self, name: str, steps: int) -> None:
         self.steps[name], self.times[name] = steps, []
-        seconds = self.run(name)
+        self.run(name)
         self.observe(name, self.frames[name])
-        return seconds
 
     def round(self, backwards: bool) -> None:
         for name in sorted(self.steps, key=list(self.steps).index, reverse=backwards):

@@ -1,7 +1,8 @@
 """What importing diffeff costs next to importing diffusers: `python -m diffeff.eval.import_cost`, one JSON line.
 
 Protocol: each statement runs in a fresh interpreter of its own; the statements take turns, in reversed order every
-other round, after one round untimed that warms the file cache. A time is CPU seconds; a ratio is the median over rounds of that round's ratio.
+other round, after one round untimed that warms the file cache. A time is CPU seconds; a ratio is the median over
+rounds of that round's ratio.
 """
 
 from __future__ import annotations

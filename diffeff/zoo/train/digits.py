@@ -203,7 +203,8 @@ def _loss(model: Any, latents: Tensor, labels: Tensor, alphas: Tensor, generator
     with autocast(device):
         guess = model(a.sqrt() * latents[picks] + (1 - a).sqrt() * noise, timestep=t, class_labels=classes).sample
     snr = a / (1 - a)
-    return ((guess.float() - noise).square() * (5.0 / snr).clamp(max=1.0)).mean()
+    loss: Tensor = ((guess.float() - noise).square() * (5.0 / snr).clamp(max=1.0)).mean()
+    return loss
 
 
 @torch.no_grad()
