@@ -54,7 +54,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _families() -> str:
-    return _table(["family", "denoiser classes", "guidance"], [[r.family, r.classes, r.guidance] for r in families()])
+    return _table(["family", "denoiser classes", "guidance"], [[r.title, r.classes, r.guidance] for r in families()])
 
 
 def _methods() -> str:
