@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -125,6 +126,7 @@ def environment() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -35,6 +35,7 @@ def measure_overhead(model: str = "sprites-wan", rounds: int = 15, steps: int = 
         seconds = {}
         for which in order:
             pipe.apply("lossless") if which == "attached" else pipe.remove()
+            _cpu_seconds(pipe, options | {"num_inference_steps": 1})  # attaching leaves the processor's caches cold
             seconds[which] = _cpu_seconds(pipe, options)
         if number:  # the first round warms up
             ratios.append(seconds["attached"] / seconds["plain"])
