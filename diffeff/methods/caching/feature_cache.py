@@ -116,7 +116,7 @@ class CacheMethod(Method[FeatureCache]):
         return Hold() if self.config.predictor == "hold" else Linear()
 
     def _indicator(self) -> Indicator:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no indicator for policy='threshold'")
 
     def begin(self, run: Run) -> None:
         config, length = self.config, run.clock.length
