@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 TORCH_VERSION ?= 2.13.0
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==$(TORCH_VERSION))
 # What the tests need: every optional part that runs on any machine.
-EXTRAS ?= dev,eval,train
+EXTRAS ?= dev,eval,train,ray,peers
 ARGS ?=
 
 VENV := .venv

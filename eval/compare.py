@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffeff.eval.fidelity import max_abs, psnr
+from diffeff.eval.metrics.fidelity import max_abs, psnr
 from diffeff.pipeline import DiffEffPipeline
 from diffeff.plan import Plan
 from diffeff.report import Report

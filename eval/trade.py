@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffeff.eval.fidelity import psnr
+from diffeff.eval.metrics.fidelity import psnr
 from diffeff.files import write_text
 from diffeff.pipeline import DiffEffPipeline
 from diffeff.plan import Plan

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from diffeff.eval.fidelity import max_abs, psnr
+from diffeff.eval.metrics.fidelity import max_abs, psnr
 
 
 def test_identical_arrays() -> None:

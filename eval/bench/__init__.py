@@ -1,0 +1,1 @@
+"""`diffeff bench`: plans, peers and fewer steps, taking turns in one run."""

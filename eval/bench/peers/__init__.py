@@ -1,0 +1,1 @@
+"""One adapter per peer: how to switch it on and off on a diffusers pipeline."""
