@@ -16,7 +16,7 @@ from diffeff.core.run import Run, StepCall
 from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.indicator import Indicator, InputChange, TransformRate
 from diffeff.methods.caching.policy import Action, Cap, FirstOf, Interval, Policy, Threshold, Window
-from diffeff.methods.caching.predictor import Hold, Linear, Predictor, time_axis
+from diffeff.methods.caching.predictor import PREDICTORS, Predictor, time_axis
 from diffeff.methods.caching.track import Moment, Part, Statistics, Track, parts_of
 
 __all__ = ["FeatureCache"]
@@ -39,9 +39,11 @@ class FeatureCache(Config):
     site it is the relative L1 change of the image stream that enters the segment against the last computed step. It
     reads a few numbers back from the device per step. The report gives the observed values, to choose a threshold by.
 
-    `predictor="hold"` repeats the last computed prediction (step), residual or output (segment). `"linear"`
-    extrapolates the last two over sigma (over the timestep or the index where sigmas repeat) and needs twice the
-    memory. Sums are taken in float32.
+    `predictor="hold"` repeats the last computed prediction (step), residual or output (segment). `"linear"`,
+    `"quadratic"` and `"cubic"` extrapolate the last two, three or four over sigma (over the timestep or the index where
+    sigmas repeat) and hold as many in memory; `"damped"` goes half of linear's way. `"taylor"` (TaylorSeer, order 2),
+    `"hermite"` (HiCache) and `"chebyshev"` (Spectrum, with constants kept exact) are the published forms. Sums are
+    taken in float32.
 
     All guidance branches of a step follow one decision, each with its own history; so do all batch rows, unless
     `per_row`. Two experts (Wan 2.2) share nothing. `interval=1` is bit-exact. Useful from about 10 steps up; `begin`
@@ -60,7 +62,9 @@ class FeatureCache(Config):
     threshold: float = knob(
         0.1, "compute when the change reaches this (policy=threshold); 0 is exact", low=0.0, high=10.0, step=0.01
     )
-    predictor: Literal["hold", "linear"] = knob("linear", "repeat the last computed step, or extrapolate two")
+    predictor: Literal["hold", "linear", "quadratic", "cubic", "damped", "taylor", "hermite", "chebyshev"] = knob(
+        "linear", "repeat the last computed step, or extrapolate the last ones"
+    )
     first: int = knob(3, "first steps that are always computed", low=0, step=1)
     last: int = knob(1, "last steps that are always computed", low=0, step=1)
     max_skips: int | None = knob(
@@ -113,7 +117,7 @@ class CacheMethod(Method[FeatureCache]):
         return FirstOf((Window(config.first, config.last), Cap(cap), main))
 
     def _predictor(self) -> Predictor:
-        return Hold() if self.config.predictor == "hold" else Linear()
+        return PREDICTORS[self.config.predictor]
 
     def _indicator(self) -> Indicator:
         raise TypeError(f"{type(self).__name__} has no indicator for policy='threshold'")

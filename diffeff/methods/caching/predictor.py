@@ -5,52 +5,197 @@ Every training-free predictor published for diffusion caches is such a sum, so a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from types import MappingProxyType
+from typing import ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.polynomial import chebyshev, hermite
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffeff.core.run import Clock
 
-__all__ = ["Hold", "Linear", "Predictor", "combine", "time_axis"]
+__all__ = [
+    "PREDICTORS",
+    "Axis",
+    "Chebyshev",
+    "Damped",
+    "Hermite",
+    "Polynomial",
+    "Predictor",
+    "Taylor",
+    "combine",
+    "time_axis",
+]
+
+Vector = NDArray[np.float64]
+Axis = Literal["time", "index"]
 
 
 class Predictor(Protocol):
-    """Coefficients of up to `snapshots` remembered tensors."""
+    """Coefficients of up to `snapshots` remembered tensors.
 
-    snapshots: ClassVar[int]
+    `axis` says what it counts in: `time` is the run's own time (see `time_axis`), `index` the entries of the timestep
+    list, for formulas that are published in steps and are not invariant to scale.
+    """
+
+    axis: ClassVar[Axis]
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots it can use."""
+        ...
 
     def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
         """One weight per snapshot, for a prediction at `t` from snapshots at `times` (oldest first, all distinct)."""
+        ...
 
 
 @dataclass(frozen=True)
-class Hold:
-    """The last snapshot, unchanged: exact on constants."""
+class Polynomial:
+    """The polynomial of degree `order` through the last snapshots: exact on such polynomials of time (Newton's form).
 
-    snapshots: ClassVar[int] = 1
-
-    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
-        return (*(0.0 for _ in times[1:]), 1.0)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """The straight line through the last two snapshots: exact on what is linear in time. One snapshot is held.
-
-    At the step site this is a two-step Adams-Bashforth formula with the missing evaluation extrapolated.
+    Order 0 repeats the last snapshot, order 1 extrapolates a line (at the step site: Adams-Bashforth with the missing
+    evaluation extrapolated). The higher the order, the more it amplifies what is not smooth. With fewer snapshots than
+    it needs, the order is lower.
     """
 
-    snapshots: ClassVar[int] = 2
+    axis: ClassVar[Axis] = "time"
+    order: int
+
+    @property
+    def snapshots(self) -> int:
+        return self.order + 1
 
     def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
-        if len(times) < 2:
-            return Hold().coefficients(times, t)
-        before, last = times[-2:]
-        w = (t - last) / (last - before)
-        return (*(0.0 for _ in times[2:]), -w, 1.0 + w)
+        used = list(times[-self.snapshots :])
+        weights = [math.prod([1.0, *((t - b) / (a - b) for b in used if b != a)]) for a in used]
+        return (*(0.0 for _ in times[len(used) :]), *weights)
+
+
+@dataclass(frozen=True)
+class Damped:
+    """A predictor drawn towards the last snapshot: `strength` 1 is the predictor itself, 0 holds."""
+
+    axis: ClassVar[Axis] = "time"
+    inner: Polynomial
+    strength: float
+
+    @property
+    def snapshots(self) -> int:
+        return self.inner.snapshots
+
+    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
+        weights = [self.strength * w for w in self.inner.coefficients(times, t)]
+        weights[-1] += 1 - self.strength
+        return tuple(weights)
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """TaylorSeer's sum D_i k^i / i! over differences of differences, as published (arXiv 2503.06923).
+
+    k counts steps since the last computed one. From order 2 on it is not exact on polynomials of that degree, whose
+    second term would be D_2 k (k + gap) / 2: it is a damped extrapolation, and amplifies noise less.
+    """
+
+    axis: ClassVar[Axis] = "index"
+    order: int
+
+    @property
+    def snapshots(self) -> int:
+        return self.order + 1
+
+    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
+        k = t - times[-1]
+        terms = [k**i / math.factorial(i) * d for i, d in enumerate(_differences(times, self.order))]
+        return tuple(np.sum(terms, axis=0).tolist())
+
+
+@dataclass(frozen=True)
+class Hermite:
+    """HiCache: Taylor's powers k^i become s^i H_i(s k), with the physicists' Hermite polynomials (arXiv 2508.16984).
+
+    At s = 0.5, its default, the slope is halved, which steadies long horizons.
+    """
+
+    axis: ClassVar[Axis] = "index"
+    order: int
+    scale: float
+
+    @property
+    def snapshots(self) -> int:
+        return self.order + 1
+
+    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
+        k = t - times[-1]
+        terms = [self._power(i, k) / math.factorial(i) * d for i, d in enumerate(_differences(times, self.order))]
+        return tuple(np.sum(terms, axis=0).tolist())
+
+    def _power(self, i: int, k: float) -> float:
+        basis = [0.0] * i + [1.0]
+        return float(self.scale**i * hermite.hermval(self.scale * k, basis))
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """A ridge fit of Chebyshev polynomials up to `order` over the last `window` snapshots (Spectrum, arXiv 2603.01623).
+
+    The published form also shrinks the constant term, so that it predicts 0.83 to 0.90 of a constant; here the
+    constant is free, and constants are exact. Times from the oldest snapshot to the prediction are mapped to [-1, 1].
+    """
+
+    axis: ClassVar[Axis] = "time"
+    order: int
+    ridge: float
+    window: int
+
+    @property
+    def snapshots(self) -> int:
+        return self.window
+
+    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
+        if len(times) == 1:
+            return (1.0,)
+        at = 2 * (np.array([*times, t]) - times[0]) / (t - times[0]) - 1
+        order = min(self.order, len(times) - 1)
+        basis = chebyshev.chebvander(at, order)[:, 1:]  # the constant is eliminated: deviations from means are fitted
+        known, asked = basis[:-1], basis[-1]
+        centred, asked = known - known.mean(axis=0), asked - known.mean(axis=0)
+        gram = centred.T @ centred + self.ridge * np.eye(order)
+        weights = asked @ np.linalg.solve(gram, centred.T)
+        return tuple((weights + (1 - weights.sum()) / len(times)).tolist())
+
+
+def _differences(times: Sequence[float], order: int) -> list[Vector]:
+    """D_0 .. D_order at the newest snapshot, each as its weights over all snapshots: D_i is the change of D_(i-1)
+    between neighbouring snapshots over the time between them."""
+    rows = list(np.eye(len(times)))
+    found = [rows[-1]]
+    for _ in range(min(order, len(times) - 1)):
+        gaps = np.diff(times[-len(rows) :])
+        rows = [(b - a) / gap for a, b, gap in zip(rows, rows[1:], gaps, strict=False)]
+        found.append(rows[-1])
+    return found
+
+
+PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
+    {
+        "hold": Polynomial(0),
+        "linear": Polynomial(1),
+        "quadratic": Polynomial(2),
+        "cubic": Polynomial(3),
+        "damped": Damped(Polynomial(1), 0.5),
+        "taylor": Taylor(2),
+        "hermite": Hermite(2, 0.5),
+        "chebyshev": Chebyshev(4, 0.1, 8),
+    }
+)
+"""The predictors by the names users give."""
 
 
 def combine(snapshots: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

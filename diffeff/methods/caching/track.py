@@ -13,7 +13,7 @@ from torch import Tensor
 from diffeff.core.run import Run, StepCall
 from diffeff.methods.caching.indicator import Indicator
 from diffeff.methods.caching.policy import Action, Policy, Situation
-from diffeff.methods.caching.predictor import Predictor, combine
+from diffeff.methods.caching.predictor import Axis, Predictor, combine
 
 __all__ = ["Moment", "Part", "Snapshot", "Statistics", "Track", "parts_of"]
 
@@ -28,6 +28,10 @@ class Moment:
     time: float
     done: int
     left: int
+
+    def on(self, axis: Axis) -> float:
+        """The step's place on a predictor's axis."""
+        return self.time if axis == "time" else float(self.index)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ class Track:
     def predict(self, branch: str, at: Moment) -> Tensors:
         """The branch's tensors at `at`, new ones."""
         history = self.histories[branch]
-        weights = self.predictor.coefficients([s.moment.time for s in history], at.time)
+        axis = self.predictor.axis
+        weights = self.predictor.coefficients([s.moment.on(axis) for s in history], at.on(axis))
         streams = zip(*(s.tensors for s in history), strict=True)
         return tuple(_combine(stream, weights) for stream in streams)
 

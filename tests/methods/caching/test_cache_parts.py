@@ -16,7 +16,7 @@ from diffeff.errors import ConfigError
 from diffeff.methods.caching.feature_cache import FeatureCache
 from diffeff.methods.caching.indicator import InputChange, TransformRate, relative_change
 from diffeff.methods.caching.policy import Action, Cap, FirstOf, Interval, Situation, Threshold, Window
-from diffeff.methods.caching.predictor import Hold, Linear, combine, time_axis
+from diffeff.methods.caching.predictor import combine, time_axis
 
 ALL_CFG = [CFG.SEPARATE, CFG.BATCHED_UNCOND_FIRST, CFG.BATCHED_COND_FIRST]
 
@@ -43,20 +43,6 @@ def test_rules() -> None:
     assert computes(Cap(1), since=2)
     assert computes(FirstOf((Cap(9), Interval(1))))
     assert not computes(FirstOf((Cap(9), Interval(2))))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_predictors_are_exact_on_their_own_functions(dtype: torch.dtype) -> None:
-    x = torch.arange(6, dtype=dtype).reshape(2, 3)
-    held = combine([x], Hold().coefficients([1.0], 0.3))
-    assert torch.equal(held, x)
-    assert held is not x
-    assert held.dtype is dtype
-    times, t = [1.0, 0.75], 0.25
-    line = [2 * x + s * (x - 1) for s in (*times, t)]
-    assert torch.equal(combine(line[:2], Linear().coefficients(times, t)), line[2])
-    assert torch.equal(combine([x, x], Linear().coefficients(times, 0.5)), x)
-    assert Linear().coefficients([1.0], 0.5) == (1.0,)
 
 
 def test_sums_are_taken_in_float32() -> None:
