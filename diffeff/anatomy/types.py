@@ -6,7 +6,7 @@ nothing else of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -25,12 +25,15 @@ __all__ = [
     "DenoiserMap",
     "Grid",
     "Memo",
+    "ModuleKind",
+    "ModuleSite",
     "Segment",
     "Streams",
     "deep_segment",
 ]
 
 AttentionKind = Literal["self", "cross", "joint", "temporal"]
+ModuleKind = Literal["self", "cross", "joint", "temporal", "feed_forward"]
 
 
 class CFG(Enum):
@@ -123,6 +126,17 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class ModuleSite:
+    """One attention or feed-forward module as a whole: its output is added to a stream, often behind a gate."""
+
+    name: str
+    module: nn.Module = field(repr=False, compare=False)
+    kind: ModuleKind
+    block: int
+    """Index of the block it belongs to."""
+
+
+@dataclass(frozen=True)
 class BlockSite:
     """One block of the denoiser's main stack, in order of execution."""
 
@@ -189,6 +203,16 @@ class DenoiserMap:
     @property
     def attentions(self) -> tuple[AttentionSite, ...]:
         return tuple(site for block in self.blocks for site in block.attentions)
+
+    @property
+    def modules(self) -> tuple[ModuleSite, ...]:
+        """Every attention and feed-forward module, block by block."""
+        return tuple(site for block in self.blocks for site in self._modules(block))
+
+    def _modules(self, block: BlockSite) -> Iterator[ModuleSite]:
+        yield from (ModuleSite(a.name, a.module, a.kind, block.index) for a in block.attentions)
+        for path in block.feed_forward:
+            yield ModuleSite(path, self.module.get_submodule(path), "feed_forward", block.index)
 
     def segment(self, first: int = 0, last: int | None = None) -> Segment:
         """Blocks `first` to `last` (inclusive; negative counts from the end) as one segment."""

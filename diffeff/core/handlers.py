@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffeff.anatomy.types import AttentionSite, BlockSite, Memo, Segment, Streams
+from diffeff.anatomy.types import AttentionSite, BlockSite, Memo, ModuleSite, Segment, Streams
 from diffeff.core.chains import AttentionTap
-from diffeff.core.method import Method
+from diffeff.core.method import Method, Outputs
 from diffeff.core.run import Run
 from diffeff.core.seams import Handler
 
-__all__ = ["SegmentNotes", "attention_handler", "block_handler", "linear_handler", "segment_handler"]
+__all__ = [
+    "SegmentNotes",
+    "attention_handler",
+    "block_handler",
+    "linear_handler",
+    "module_handler",
+    "segment_handler",
+]
 
 Present = Callable[[], "Run | None"]
 """The run whose denoiser call is in progress; None outside of one, where every seam passes through."""
@@ -99,6 +106,25 @@ def attention_handler(present: Present, site: AttentionSite, methods: Sequence[M
         if not tap.calls:
             run.warn(f"attention {site.name} does not use scaled_dot_product_attention: methods had no effect on it")
         return result
+
+    return handle
+
+
+def module_handler(present: Present, site: ModuleSite, method: Method[Any]) -> Handler:
+    """The seam of one attention or feed-forward module that `method` wraps as a whole."""
+
+    def handle(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = present()
+        if run is None:
+            return inner(*args, **kwargs)
+
+        def compute() -> Outputs:
+            result = inner(*args, **kwargs)
+            return result if isinstance(result, tuple) else (result,)
+
+        hidden = args[0] if args else kwargs["hidden_states"]
+        outputs = method.around_module(run, site, hidden, compute)
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return handle
 

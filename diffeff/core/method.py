@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from diffeff.anatomy.types import AttentionSite, BlockSite, DenoiserMap, Segment, Streams
+from diffeff.anatomy.types import AttentionSite, BlockSite, DenoiserMap, ModuleSite, Segment, Streams
 
 if TYPE_CHECKING:
     from diffeff.core.config import Config
     from diffeff.core.run import Run, StepCall
 
-__all__ = ["AttentionCall", "Claim", "Layer", "Method", "Need", "Undo"]
+__all__ = ["AttentionCall", "Claim", "Layer", "Method", "Need", "Outputs", "Undo"]
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 Undo = Callable[[], None]
+Outputs = tuple["Tensor | None", ...]
 
 
 class Layer(IntEnum):
@@ -35,9 +36,10 @@ class Layer(IntEnum):
     GUIDANCE = 4
     STEP = 5
     SEGMENT = 6
-    TOKENS = 7
-    ATTENTION = 8
-    LINEAR = 9
+    MODULE = 7
+    TOKENS = 8
+    ATTENTION = 9
+    LINEAR = 10
 
 
 class Claim(Enum):
@@ -47,6 +49,7 @@ class Claim(Enum):
     SKIP_STEP = "skipping of whole denoiser calls"
     SKIP_BRANCH = "skipping of the unconditional branch"
     SKIP_BLOCK = "skipping of blocks"
+    SKIP_MODULE = "skipping of attention and feed-forward modules"
     TOKEN_COUNT = "the number of query tokens"
     KEY_COUNT = "the number of key and value tokens"
     ATTENTION_KERNEL = "the attention kernel"
@@ -112,6 +115,10 @@ class Method(Generic[ConfigT]):
         """Attentions at which `around_attention` is to be called."""
         return denoiser.attentions
 
+    def module_sites(self, denoiser: DenoiserMap) -> tuple[ModuleSite, ...]:
+        """Attention and feed-forward modules at which `around_module` is to be called."""
+        return denoiser.modules
+
     def linear_sites(self, denoiser: DenoiserMap) -> tuple[str, ...]:
         """Paths of linear layers at which `around_linear` is to be called."""
         return ()
@@ -157,6 +164,11 @@ class Method(Generic[ConfigT]):
     ) -> Streams:
         """Around one block, streams in and out."""
         return proceed(streams)
+
+    def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
+        """Around one attention or feed-forward module as a whole. `hidden` is its first input; outputs are a tuple,
+        also where the module returns a single tensor (joint attentions return one per stream)."""
+        return proceed()
 
     def around_attention(
         self, run: Run, site: AttentionSite, call: AttentionCall, proceed: Callable[[AttentionCall], Tensor]

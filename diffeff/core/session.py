@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from diffeff.anatomy.types import CFG, DenoiserMap
 from diffeff.core.chains import nest, subscribers
 from diffeff.core.clockwork import advance, seek, wind
-from diffeff.core.handlers import SegmentNotes, attention_handler, block_handler, linear_handler, segment_handler
+from diffeff.core.handlers import (
+    SegmentNotes,
+    attention_handler,
+    block_handler,
+    linear_handler,
+    module_handler,
+    segment_handler,
+)
 from diffeff.core.method import Method
 from diffeff.core.run import Run, StepCall
 from diffeff.core.seams import Patch
@@ -128,6 +135,9 @@ class Session:
         for site in denoiser.attentions:
             if site.name in taps:
                 self._patch(stack, site.module, "forward", attention_handler(self._present, site, taps[site.name]))
+        for method in reversed(subscribers(self.methods, "around_module")):
+            for whole in method.module_sites(denoiser):
+                self._patch(stack, whole.module, "forward", module_handler(self._present, whole, method))
         for method in reversed(subscribers(self.methods, "around_block")):
             for block in method.block_sites(denoiser):
                 self._patch(stack, block.module, "forward", block_handler(self._present, block, method))

@@ -1,0 +1,61 @@
+"""A cache as a recipe: where it predicts (site), when (policy over an indicator), and from what (predictor)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from diffeff.core.config import Config
+from diffeff.core.method import Method
+from diffeff.methods.caching.indicator import Indicator
+from diffeff.methods.caching.policy import Cap, FirstOf, Policy, Window
+from diffeff.methods.caching.predictor import Polynomial, Predictor
+
+__all__ = ["CacheConfig", "Recipe", "Site"]
+
+
+class Site(Protocol):
+    """A place of the denoiser whose output a cache can predict."""
+
+    def build(self, config: CacheConfig, recipe: Recipe) -> Method[Any]:
+        """The method that runs the recipe there."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that tells one published cache from another.
+
+    `policy` decides between the `first` and `last` steps, which are always computed, and never lets more than `cap`
+    steps in a row be predicted. `indicator` makes a fresh indicator per run and group of rows. `exact` says that these
+    options never skip anything, so that a run too short for them is no mistake.
+    """
+
+    site: Site
+    policy: Policy
+    predictor: Predictor = field(default_factory=lambda: Polynomial(0))
+    indicator: Callable[[], Indicator] | None = None
+    first: int = 0
+    last: int = 0
+    cap: int | None = None
+    exact: bool = False
+    per_row: bool = False
+
+    @property
+    def rules(self) -> Policy:
+        """The policy inside its guards."""
+        cap = () if self.cap is None else (Cap(self.cap),)
+        return FirstOf((Window(self.first, self.last), *cap, self.policy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(Config):
+    """Base of all caches: a config that says its recipe."""
+
+    def recipe(self) -> Recipe:
+        """What these options amount to."""
+        raise TypeError(f"{type(self).__name__} has no recipe")
+
+    def build(self) -> Method[Any]:
+        recipe = self.recipe()
+        return recipe.site.build(self, recipe)
