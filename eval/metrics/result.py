@@ -14,6 +14,8 @@ __all__ = ["Better", "Interval", "Result", "bootstrap_mean"]
 
 Better = Literal["higher", "lower", "neither"]
 
+_DRAWS = 1 << 17
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -72,6 +74,9 @@ def bootstrap_mean(
     """
     if len(values) < 2:
         raise ValueError(f"an interval needs at least 2 items, got {len(values)}")
-    draw = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(statistic(np.asarray(values, dtype=np.float64)[draw]), (0.025, 0.975))
+    items, random = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    at_once = max(1, _DRAWS // len(items))  # memory does not grow with the items
+    sizes = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    found = [statistic(items[random.integers(0, len(items), (size, len(items)))]) for size in sizes]
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
     return Interval(float(low), float(high), f"bootstrap over items, {resamples} resamples")
