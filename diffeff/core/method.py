@@ -141,7 +141,10 @@ class Method(Generic[ConfigT]):
     def around_update(
         self, run: Run, prediction: Tensor, latents: Tensor, proceed: Callable[[Tensor, Tensor], Any]
     ) -> Any:
-        """Around the scheduler's step: the guided prediction and the latents it is applied to."""
+        """Around the scheduler's step: the guided prediction and the latents it is applied to.
+
+        A method that stands in for the scheduler returns the next latents instead of what `proceed` gives.
+        """
         return proceed(prediction, latents)
 
     def around_step(self, run: Run, call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from diffeff.anatomy.types import CFG, DenoiserMap
@@ -268,7 +269,10 @@ class Session:
             return inner(**named)
         hooks = [lambda x, go, m=m: m.around_update(run, x[0], x[1], lambda p, s: go((p, s))) for m in methods]
         core = lambda x: inner(**(named | {"model_output": x[0], "sample": x[1]}))  # noqa: E731
-        return nest(hooks, core)((prediction, latents))
+        result = nest(hooks, core)((prediction, latents))
+        if not isinstance(result, Tensor):
+            return result
+        return (result,) if named.get("return_dict") is False else SchedulerOutput(prev_sample=result)
 
     # --- step ---------------------------------------------------------------------------------------------------
     def _on_context(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
