@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from broken_media import corrupt_png, noise, truncated_apng, truncated_mp4, truncated_png, truncated_streaming_mp4
+from PIL import Image
 
 from diffeff import media, panels
 from diffeff.errors import OutputError
@@ -97,6 +99,139 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         media.write(path, clip(3))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 1, 1), (6, 33, 18)])
+def test_lossless_gives_every_frame_back(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    made = noise(*shape)
+    assert np.array_equal(media.read(media.write_lossless(tmp_path / "a.png", made, fps=24)), made)
+
+
+def test_lossless_keeps_frames_that_equal_the_one_before(tmp_path: Path) -> None:
+    still = np.repeat(noise(1, 16, 16), 5, axis=0)
+    path = media.write_lossless(tmp_path / "a.png", still, fps=4)
+    assert np.array_equal(media.read(path), still)
+    with Image.open(path) as image:
+        image.seek(1)
+        assert image.info["duration"] == 250
+
+
+def test_lossless_is_png_only_and_needs_a_place(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"ends in \.png"):
+        media.write_lossless(tmp_path / "a.gif", clip())
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write"):
+        media.write_lossless(tmp_path / "file" / "a.png", clip())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [(".jpg", {"quality": 95}), (".JPEG", {"quality": 95}), (".webp", {"lossless": True}), (".bmp", {})],
+)
+def test_stills_of_every_format_are_read(tmp_path: Path, suffix: str, options: dict[str, object]) -> None:
+    made = clip(1)
+    Image.fromarray(made[0]).save(tmp_path / f"a{suffix}", **options)
+    back = media.read(tmp_path / f"a{suffix}")
+    assert back.shape == made.shape
+    assert back.dtype == np.uint8
+    assert np.median(np.abs(back.astype(int) - made)) <= (2 if suffix.lower().startswith(".jp") else 0)
+    assert media.size_of(tmp_path / f"a{suffix}") == (48, 64)
+
+
+def test_animated_webp_is_read_frame_by_frame(tmp_path: Path) -> None:
+    made = clip(4)
+    first, *rest = [Image.fromarray(image) for image in made]
+    first.save(tmp_path / "a.webp", save_all=True, append_images=rest, lossless=True)
+    assert np.array_equal(media.read(tmp_path / "a.webp"), made)
+
+
+VIDEO_FORMATS = [
+    (".mov", "mov", "libx264"),
+    (".avi", "avi", "mpeg4"),
+    (".mkv", "matroska", "libx264"),
+    (".webm", "webm", "libvpx"),
+    (".m4v", "mp4", "libx264"),
+]
+
+
+def video(path: Path, made: media.Clip, container: str, codec: str) -> Path:
+    import av
+
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = made.shape[1], made.shape[2], "yuv420p"
+        for image in made:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "container", "codec"), VIDEO_FORMATS)
+def test_videos_of_every_format_are_read_and_cut_off_ones_are_not(
+    tmp_path: Path, suffix: str, container: str, codec: str
+) -> None:
+    path = video(tmp_path / f"a{suffix}", clip(7), container, codec)
+    assert media.read(path).shape == (7, 48, 64, 3)
+    assert media.size_of(path) == (48, 64)
+    whole = path.read_bytes()
+    for kept in (0.5, 0.8, 0.95):
+        path.write_bytes(whole[: int(kept * len(whole))])
+        with pytest.raises((OSError, ValueError, EOFError)):
+            media.read(path)
+
+
+def test_an_mp4_that_ends_between_two_frames_is_not_a_shorter_clip(tmp_path: Path) -> None:
+    import av
+
+    path = truncated_streaming_mp4(tmp_path / "a.mp4", frames=6, keep=1.0)
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    whole = path.read_bytes()
+    assert len(media.read(path)) == len(ends) == 6
+    for end in ends[:-1]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="cut off after"):
+            media.read(path)
+
+
+@pytest.mark.parametrize("make", [truncated_png, corrupt_png, truncated_apng])
+def test_damaged_images_are_errors(tmp_path: Path, make: object) -> None:
+    assert callable(make)
+    with pytest.raises((OSError, SyntaxError, EOFError)):
+        media.read(make(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("make", [truncated_mp4, truncated_streaming_mp4])
+def test_damaged_videos_are_errors(tmp_path: Path, make: object) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=r"cut off|Invalid data"):
+        media.read(make(tmp_path / "a.mp4"))
+
+
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert media.read(tmp_path / "deep.png")[0, 0].tolist() == [[0, 0, 0], [1, 1, 1], [255, 255, 255]]
+    Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="32-bit"):
+        media.read(tmp_path / "float.tiff")
+
+
+def test_grey_palette_and_alpha_become_rgb(tmp_path: Path) -> None:
+    colours = Image.fromarray(clip(1)[0])
+    for name, image in {
+        "grey": colours.convert("L"),
+        "palette": colours.convert("P"),
+        "alpha": colours.convert("RGBA"),
+    }.items():
+        image.save(tmp_path / f"{name}.png")
+        assert media.read(tmp_path / f"{name}.png").shape == (1, 48, 64, 3)
+    assert np.array_equal(media.read(tmp_path / "alpha.png"), clip(1))
+
+
+def test_further_views_of_a_photo_are_no_frames(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(image) for image in clip(2))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    assert media.read(tmp_path / "a.jpg").shape == (1, 48, 64, 3)
 
 
 def test_side_by_side_shows_each_clip_under_its_label() -> None:
