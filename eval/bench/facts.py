@@ -1,0 +1,59 @@
+"""What a bench has to know of a loaded model before it can lay out its arms."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffeff.errors import DiffEffError
+from diffeff.eval.bench.memory import available_bytes, held_bytes
+from diffeff.eval.calls import parameters
+from diffeff.report import environment
+
+__all__ = ["facts"]
+
+
+def facts(pipe: Any, call: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """JSON-ready: the scheduler, the call's settings, the classes of a class-conditional model, memory, versions."""
+    return {
+        "pipeline": type(pipe).__name__,
+        "fingerprint": _fingerprint(pipe),
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(dict(pipe.scheduler.config))},
+        "call": dict(call),
+        "classes": _classes(pipe) if "class_labels" in parameters(pipe) else None,
+        "held_bytes": held_bytes(device),
+        "available_bytes": available_bytes(device),
+        "threads": torch.get_num_threads(),
+        "environment": environment() | {"processor": _processor(device)},
+    }
+
+
+def _fingerprint(pipe: Any) -> str | None:
+    from diffeff.anatomy.table import denoisers
+    from diffeff.stamp import stamp_of
+
+    try:
+        return stamp_of(pipe, denoisers(pipe)).fingerprint
+    except DiffEffError:  # an architecture we do not know: plans are refused on it, peers may still run
+        return None
+
+
+def _classes(pipe: Any) -> int:
+    return int(pipe.transformer.config.num_embeds_ada_norm)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None) and k[:1] != "_"}
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
