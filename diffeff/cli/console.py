@@ -28,10 +28,10 @@ def err() -> Console:
 
 
 def _console(stream: TextIO) -> Console:
-    """In a pipe or a file, lines are not wrapped and tables get room."""
+    """In a pipe or a file, lines are not wrapped and tables get room. `module:package:f` is not an emoji."""
     piped = not stream.isatty()
     width = 140 if piped and "COLUMNS" not in os.environ else None
-    return Console(file=stream, highlight=False, soft_wrap=piped, width=width)
+    return Console(file=stream, highlight=False, emoji=False, soft_wrap=piped, width=width)
 
 
 def emit(data: Mapping[str, Any]) -> None:

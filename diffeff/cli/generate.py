@@ -14,8 +14,8 @@ from diffeff.cli.flags import command, flagged_plan
 from diffeff.cli.group import alone
 from diffeff.cli.outputs import Files, summary, words
 from diffeff.cli.progress import Stages
-from diffeff.cli.request import Request, call, call_options, is_clip, recommended, scene_of
-from diffeff.errors import ConfigError, OutputError, UnsupportedModel
+from diffeff.cli.request import Request, call, call_options, is_clip, placement, recommended, scene_of
+from diffeff.errors import OutputError, UnsupportedModel
 from diffeff.media import check_target, enlarge, to_bytes, write
 
 if TYPE_CHECKING:
@@ -110,31 +110,18 @@ def _plan(request: Request, flags: dict[str, Any], own: Plan | None = None) -> P
 def _prepare(request: Request, flags: dict[str, Any], stages: Stages) -> _Job:
     stages.begin("load " + request.model)
     quiet_libraries()
+    import torch
+
     from diffeff.pipeline import DiffEffPipeline
 
-    device, dtype = _placement(request)
-    pipe = DiffEffPipeline.from_pretrained(request.model, dtype=dtype).to(device)
+    device, dtype = placement(request.device, request.dtype)
+    pipe = DiffEffPipeline.from_pretrained(request.model, dtype=getattr(torch, dtype)).to(device)
     output = request.output or Path("out.mp4" if is_clip(pipe) else "out.png")
     if not is_clip(pipe) and output.suffix.lower() != ".png":
         raise OutputError(f"cannot write {output}: {request.model} makes still pictures. Name a .png.")
     check_target(output)
     options = call_options(request, pipe, recommended(request.model))
     return _Job(request, pipe, _plan(request, flags, pipe.plan), options, output, stages)
-
-
-def _placement(request: Request) -> tuple[str, Any]:
-    import torch
-
-    device: str = request.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not usable.get(device, True):
-        raise ConfigError(f"torch finds no device {device!r} here; diffeff doctor says why")
-    dtype: str = request.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    return device, getattr(torch, dtype)
 
 
 def _single(job: _Job) -> tuple[dict[str, Any], list[str]]:

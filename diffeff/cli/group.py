@@ -15,12 +15,12 @@ from typer.core import TyperGroup
 from diffeff.cli.console import complain, err, start_logging
 from diffeff.errors import DiffEffError, OutputError
 
-__all__ = ["BAD_INPUT", "EPILOG", "INTERRUPTED", "NO_OUTPUT", "LateCommands", "alone"]
+__all__ = ["BAD_INPUT", "EPILOG", "GATE_FAILED", "INTERRUPTED", "NO_OUTPUT", "LateCommands", "alone"]
 
-BAD_INPUT, NO_OUTPUT, INTERRUPTED = 3, 4, 130
+BAD_INPUT, NO_OUTPUT, GATE_FAILED, INTERRUPTED = 3, 4, 5, 130
 EPILOG = (
     "Exit codes: 0 ok, 1 unexpected error, 2 wrong usage, 3 bad input, plan or model, 4 output cannot be "
-    "written, 130 interrupted."
+    "written, 5 a gate of --fail-if failed, 130 interrupted."
 )
 
 

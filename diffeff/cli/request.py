@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from diffeff.pipeline import DiffEffPipeline
     from diffeff.zoo.world import Scene
 
-__all__ = ["DEFAULT_MODEL", "Request", "call", "call_options", "is_clip", "recommended", "scene_of"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Request",
+    "call",
+    "call_options",
+    "is_clip",
+    "parse_size",
+    "placement",
+    "recommended",
+    "scene_of",
+]
 
 log = logging.getLogger("diffeff")
 DEFAULT_MODEL = "sprites-wan"
@@ -97,7 +107,7 @@ def call_options(request: Request, pipe: DiffEffPipeline, card: dict[str, Any]) 
 
 
 def _asked(request: Request, pipe: DiffEffPipeline, takes: dict[str, Any]) -> dict[str, Any]:
-    width, height = _size(request.size)
+    width, height = parse_size(request.size)
     values: dict[str, dict[str, Any]] = {
         "--steps": {"num_inference_steps": request.steps},
         "--guidance": {"guidance_scale": request.guidance},
@@ -137,13 +147,26 @@ def _class_id(pipe: DiffEffPipeline, label: str) -> int:
     raise ConfigError(f"there is no class {label!r}; known: {', '.join(names) or f'0 to {count - 1}'}")
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of `832x480`; None for both when there is no text. Raises ConfigError."""
     if text is None:
         return None, None
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ConfigError(f"--size is {text!r}; expected width x height in pixels, such as 832x480")
     return int(width), int(height)
+
+
+def placement(device: str, dtype: str) -> tuple[str, str]:
+    """What `auto` means on this machine, as names torch knows. Raises ConfigError for a device that is not here."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(device, True):
+        raise ConfigError(f"torch finds no device {device!r} here; diffeff doctor says why")
+    return device, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
 
 
 def recommended(model: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from diffeff.eval.metrics.table import METRICS
 __all__ = ["cmmd", "gaussian_kernel", "kid", "mmd", "polynomial_kernel"]
 
 Kernel = Callable[[Floats, Floats], Floats]
+Numbers = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def kid(
@@ -46,13 +47,17 @@ def kid(
     seed: int = 0,
     features: Mapping[str, Any] | None = None,
     owners: Pair = (None, None),
+    paired: bool = False,
 ) -> Result:
     """Kernel Inception distance of two sets of features [N, D]: unbiased at any N, so it may come out below zero.
 
     The mean over random subsets of the unbiased squared discrepancy with k(x, y) = (x·y / D + 1)³. Subsets are no
     larger than the smaller side; when they would be all of both sides, one is enough. Not multiplied by 100 or 1000,
-    as some papers do. `owners` says which item each row is of (reference first) where items have several rows. Memory:
-    one subset. Raises ConfigError for fewer than 2 items and for options out of range.
+    as some papers do. `owners` says which item each row is of (reference first) where items have several rows.
+
+    `paired` says that the i-th items of both sides belong together, as plan and plain do that start from one seed.
+    Their pairs are then left out of the cross term, too: they are alike, and would push the value below zero.
+    Memory: one subset. Raises ConfigError for fewer than 2 items and for options out of range.
     Source: Bińkowski, Sutherland, Arbel, Gretton 2018.
     """
     check_pair(reference, subject, "kid", owners)
@@ -61,10 +66,17 @@ def kid(
             raise ConfigError(f"kid: {name}={option} must be at least {least}")
     size = min(subset_size, len(reference), len(subject))
     everything = size == len(reference) == len(subject)
-    values, influences = _over_subsets((reference, subject), owners, 1 if everything else subsets, size, seed)
+    numbers = _numbers(owners, reference, subject)
+    if paired and not np.array_equal(np.unique(numbers[0]), np.unique(numbers[1])):
+        raise ConfigError(f"kid: paired sides have the same number of items, got {_items(numbers[0], numbers[1])}")
+    values, influences = _over_subsets(
+        (reference, subject), numbers, 1 if everything else subsets, size, seed, paired=paired
+    )
     value, spread = float(values.mean()), float(values.std())
-    variance = _variance(influences, owners) + (0 if everything else spread**2 / len(values))
+    variance = _joint_variance(influences, numbers) if paired else _variance(influences, owners)
+    variance += 0 if everything else spread**2 / len(values)
     details = counts_of(reference, subject) | {"subsets": len(values), "subset_size": size, "std_over_subsets": spread}
+    details |= {"paired": True} if paired else {}
     return METRICS["kid"].result(
         value,
         items_of(owners[1], subject),
@@ -120,21 +132,29 @@ class Discrepancy:
 
 
 def mmd(
-    x: NDArray[Any], y: NDArray[Any], kernel: Kernel, owners: Pair = (None, None), block: int = BLOCK
+    x: NDArray[Any],
+    y: NDArray[Any],
+    kernel: Kernel,
+    owners: Pair = (None, None),
+    block: int = BLOCK,
+    *,
+    paired: bool = False,
 ) -> Discrepancy:
     """Squared maximum mean discrepancy of [N, D] and [M, D], in blocks: maps of files are never in memory whole.
 
     The unbiased one leaves out the pairs of one item: each row with itself, and the frames of a clip among each other,
-    which are alike and would make every set look narrower than it is. Raises ConfigError when no pairs are left.
-    Source: Gretton et al. 2012, equations 3 (unbiased) and 5 (biased).
+    which are alike and would make every set look narrower than it is; `paired` does the same to the pairs of equal
+    owners across the sides. Raises ConfigError when no pairs are left.
+    Source: Gretton et al. 2012, equations 3 (unbiased; for pairs, the form under equation 4) and 5 (biased).
     """
     n, m = len(x), len(y)
     xx, yy = _within(x, owners[0], kernel, block), _within(y, owners[1], kernel, block)
-    rows, columns = _across(x, y, kernel, block)
-    cross = 2 * float(rows.sum()) / (n * m)
-    biased = xx.everything / n**2 + yy.everything / m**2 - cross
-    influences = 2 * (xx.others / xx.pairs - rows / m), 2 * (yy.others / yy.pairs - columns / n)
-    return Discrepancy(xx.mean + yy.mean - cross, biased, *influences)
+    numbers = _numbers(owners, x, y) if paired else None
+    xy = _across(x, y, numbers, kernel, block)
+    biased = xx.everything / n**2 + yy.everything / m**2 - 2 * xy.everything / (n * m)
+    of_x = 2 * (xx.others / xx.pairs - xy.rows / xy.row_pairs)
+    of_y = 2 * (yy.others / yy.pairs - xy.columns / xy.column_pairs)
+    return Discrepancy(xx.mean + yy.mean - 2 * xy.mean, biased, of_x, of_y)
 
 
 def polynomial_kernel(x: Floats, y: Floats) -> Floats:
@@ -182,15 +202,51 @@ def _within(x: NDArray[Any], owners: Owners | None, kernel: Kernel, block: int) 
     return _Within(everything, others, pairs)
 
 
-def _across(x: NDArray[Any], y: NDArray[Any], kernel: Kernel, block: int) -> tuple[Floats, Floats]:
-    """Sums of the kernel matrix [N, M] over its rows and its columns."""
-    rows, columns = np.zeros(len(x)), np.zeros(len(y))
+@dataclass(frozen=True, eq=False)
+class _Across:
+    """Sums of a kernel matrix [N, M]: of all of it, and over its rows and columns without the pairs of one item."""
+
+    everything: float
+    rows: Floats
+    columns: Floats
+    row_pairs: Floats
+    column_pairs: Floats
+
+    @property
+    def mean(self) -> float:
+        return float(self.rows.sum() / self.row_pairs.sum())
+
+
+def _across(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    numbers: Numbers | None,
+    kernel: Kernel,
+    block: int,
+) -> _Across:
+    rows, columns, everything = np.zeros(len(x)), np.zeros(len(y)), 0.0
+    row_pairs, column_pairs = _apart(len(x), len(y), numbers)
     for i in range(0, len(x), block):
         for j in range(0, len(y), block):
             part = kernel(_wide(x, i, block), _wide(y, j, block))
+            everything += float(part.sum())
+            if numbers is not None:
+                part[numbers[0][i : i + block, None] == numbers[1][None, j : j + block]] = 0.0
             rows[i : i + block] += part.sum(axis=1)
             columns[j : j + block] += part.sum(axis=0)
-    return rows, columns
+    return _Across(everything, rows, columns, row_pairs, column_pairs)
+
+
+def _apart(n: int, m: int, numbers: Numbers | None) -> tuple[Floats, Floats]:
+    """With how many rows of other items each row is paired, on both sides."""
+    if numbers is None:
+        return np.full(n, float(m)), np.full(m, float(n))
+    most = int(max(numbers[0].max(), numbers[1].max())) + 1
+    there, here = np.bincount(numbers[1], minlength=most), np.bincount(numbers[0], minlength=most)
+    pairs = m - there[numbers[0]].astype(np.float64), n - here[numbers[1]].astype(np.float64)
+    if not (pairs[0].all() and pairs[1].all()):
+        raise ConfigError("all rows are of one item: there are no pairs to compare. Take more items, or larger subsets")
+    return pairs
 
 
 def _wide(features: NDArray[Any], start: int, block: int) -> Floats:
@@ -198,17 +254,23 @@ def _wide(features: NDArray[Any], start: int, block: int) -> Floats:
 
 
 def _over_subsets(
-    sides: tuple[NDArray[Any], NDArray[Any]], owners: Pair, subsets: int, size: int, seed: int
+    sides: tuple[NDArray[Any], NDArray[Any]],
+    numbers: Numbers,
+    subsets: int,
+    size: int,
+    seed: int,
+    *,
+    paired: bool,
 ) -> tuple[Floats, tuple[Floats, Floats]]:
     """The discrepancy of each subset, and each row's mean influence; NaN for a row that was never drawn."""
     random = np.random.default_rng(seed)
-    numbers = [owner_numbers(owner, rows) for owner, rows in zip(owners, sides, strict=True)]
     totals = [np.zeros((2, len(rows))) for rows in sides]  # influence, times drawn
     values = []
     for _ in range(subsets):
         # In file order: a memory map is read forwards.
         a, b = (np.sort(random.choice(len(rows), size, replace=False)) for rows in sides)
-        part = mmd(whole(sides[0][a]), whole(sides[1][b]), polynomial_kernel, (numbers[0][a], numbers[1][b]))
+        kept = numbers[0][a], numbers[1][b]
+        part = mmd(whole(sides[0][a]), whole(sides[1][b]), polynomial_kernel, kept, paired=paired)
         values.append(part.unbiased)
         totals[0][:, a] += np.stack([part.reference, np.ones(size)])
         totals[1][:, b] += np.stack([part.subject, np.ones(size)])
@@ -222,6 +284,27 @@ def _variance(influences: tuple[Floats, Floats], owners: Pair) -> float:
         seen = ~np.isnan(influence)
         variance += variance_of_mean(influence[seen], None if owner is None else owner[seen])
     return variance
+
+
+def _joint_variance(influences: tuple[Floats, Floats], numbers: Numbers) -> float:
+    """As `_variance` where the i-th items of both sides belong together: their influences are added up first."""
+    total = np.zeros(int(numbers[0].max()) + 1)
+    for influence, number in zip(influences, numbers, strict=True):
+        seen = ~np.isnan(influence)
+        centred = influence[seen] - influence[seen].mean()
+        total += np.bincount(number[seen], weights=centred, minlength=len(total)) / seen.sum()
+    return float(len(total) / (len(total) - 1) * (total**2).sum())
+
+
+def _numbers(owners: Pair, x: NDArray[Any], y: NDArray[Any]) -> Numbers:
+    """The items of both sides' rows as numbers from 0 up: equal owners have one number on both sides."""
+    a, b = (np.arange(len(r)) if owner is None else owner for owner, r in zip(owners, (x, y), strict=True))
+    both = np.unique(np.concatenate([a, b]), return_inverse=True)[1].astype(np.int64)
+    return both[: len(a)], both[len(a) :]
+
+
+def _items(*numbers: NDArray[np.int64]) -> str:
+    return " and ".join(str(len(np.unique(number))) for number in numbers)
 
 
 def _unit(rows: Floats) -> Floats:

@@ -218,3 +218,59 @@ def test_the_same_seed_gives_the_same_number() -> None:
 def test_bad_input(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+def slow_paired_kid(x: Floats, y: Floats, items: NDArray[Any]) -> float:
+    """The U-statistic over pairs (x, y) of Gretton et al. 2012, section 2.2, one pair of items at a time."""
+
+    def k(a: Floats, b: Floats) -> float:
+        return float((a @ b / len(a) + 1) ** 3)
+
+    apart = [(i, j) for i in range(len(x)) for j in range(len(x)) if items[i] != items[j]]
+    return sum(k(x[i], x[j]) + k(y[i], y[j]) - 2 * k(x[i], y[j]) for i, j in apart) / len(apart)
+
+
+def test_kid_of_pairs_is_the_double_loop_over_other_items() -> None:
+    x = sample(18, 5, 0)
+    y = x + 0.2 * sample(18, 5, 1)
+    single, items = np.arange(18), np.repeat(np.arange(6), 3)
+    assert kid(x, y, paired=True).value == pytest.approx(slow_paired_kid(x, y, single), rel=1e-9, abs=1e-12)
+    grouped = kid(x, y, owners=(items, items), paired=True)
+    assert grouped.value == pytest.approx(slow_paired_kid(x, y, items), rel=1e-9, abs=1e-12)
+    assert grouped.n == 6
+    blocked = mmd(x, y, polynomial_kernel, (items, items), 5, paired=True)
+    assert blocked.unbiased == pytest.approx(grouped.value, rel=1e-9, abs=1e-12)
+    assert blocked.biased == pytest.approx(mmd(x, y, polynomial_kernel).biased)
+
+
+def test_kid_of_pairs_that_are_alike_is_about_zero_and_not_below() -> None:
+    x = sample(200, 8, 2)
+    y = x + 0.01 * sample(200, 8, 3)
+    pairs, sets = kid(x, y, paired=True), kid(x, y)
+    assert pairs.interval is not None
+    assert sets.interval is not None
+    assert pairs.interval.low < 0 < pairs.interval.high
+    assert sets.interval.high < 0  # what happens to dependent sets without being told
+    assert kid(x, x, paired=True).value == pytest.approx(0, abs=1e-12)
+
+
+def test_kid_of_independent_sets_does_not_depend_on_pairing_in_the_mean() -> None:
+    found = []
+    for seed in range(40):
+        x, y = sample(40, 4, seed), sample(40, 4, 1000 + seed, shift=0.5)
+        found.append(kid(x, y, paired=True).value - kid(x, y).value)
+    assert abs(np.mean(found)) < 3 * np.std(found) / math.sqrt(len(found)) + 1e-9
+
+
+def test_pairs_keep_together_in_subsets() -> None:
+    x = sample(60, 4, 5)
+    result = kid(x, x, subset_size=20, subsets=30, paired=True)
+    assert abs(result.value) < 0.5
+    assert result.interval is not None
+    assert result.interval.low < 0 < result.interval.high
+
+
+def test_pairs_of_other_numbers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="same number of items, got 5 and 6"):
+        kid(sample(5, 3, 0), sample(6, 3, 1), paired=True)
