@@ -84,6 +84,7 @@ def test_matrix_says_what_and_why() -> None:
     assert "| wan | works, 57 % left | refused | works, 57 % left |" in table
     assert "no effect" in table
     assert "**fails**" in table
+    assert ("kv_downsample", "no effect: flux", "every attention is below min_tokens") in matrix_notes(matrix_rows())
     assert ("int8_weights", "fails: dit", "RuntimeError: expected Half") in matrix_notes(matrix_rows())
 
 
@@ -91,7 +92,7 @@ def test_one_reason_of_several_families_is_one_note() -> None:
     rows = [
         dict(row, status="refused", reason="too few tokens") for row in matrix_rows() if row["method"] == "int8_weights"
     ]
-    assert matrix_notes(rows) == [("int8_weights", "refused: wan, flux, dit", "too few tokens")]
+    assert matrix_notes(rows) == [("int8_weights", "refused: every family", "too few tokens")]
 
 
 def test_scaling_shows_exponents_with_intervals_or_that_there_are_none() -> None:
