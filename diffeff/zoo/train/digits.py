@@ -15,26 +15,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
-from diffeff.zoo.score import Accuracy, write_card
-from diffeff.zoo.train.harness import (
-    EMA,
-    Clock,
-    JsonLog,
-    TrainOptions,
-    cosine,
-    load_checkpoint,
-    progress_bar,
-    save_checkpoint,
-)
+from diffeff.zoo.score import Accuracy
+from diffeff.zoo.train.harness import Clock, JsonLog, TrainOptions, cosine, progress_bar
 from diffeff.zoo.train.latents import (
-    Optimisers,
     autocast,
+    describe,
     encode,
+    keep_autoencoder,
+    kept_autoencoder,
     precondition,
     psnr,
     save_half,
     train_autoencoder,
 )
+from diffeff.zoo.train.resumable import Resumable
 
 SIZE = 32
 TRAIN_COUNT = 1200
@@ -130,11 +124,7 @@ def build_scheduler() -> Any:
 
 def _fit_autoencoder(options: TrainOptions, log: JsonLog) -> Any:
     vae = build_autoencoder().to(options.device)
-    path = options.work / "vae.pt"
-    saved = load_checkpoint(path) if options.resume else None
-    if saved is not None:
-        vae.load_state_dict(saved["vae"])
-        vae.register_to_config(scaling_factor=1.0)
+    if kept_autoencoder(vae, options):
         return vae
     digits = load_digits()
     generator = torch.Generator().manual_seed(options.seed)
@@ -152,7 +142,7 @@ def _fit_autoencoder(options: TrainOptions, log: JsonLog) -> Any:
         vae, draw, validate, minutes=VAE_SHARE * options.minutes, log=log, device=options.device, adam=3e-3
     )
     precondition(vae, digits.images)
-    save_checkpoint(path, {"vae": vae.state_dict()})
+    keep_autoencoder(vae, options)
     return vae
 
 
@@ -161,33 +151,29 @@ def _fit_transformer(vae: Any, options: TrainOptions, log: JsonLog) -> Any:
     latents, labels = encode(vae, digits.images), digits.labels.to(device)
     # eval(): the blocks would otherwise drop the class each on their own, so that no pass is unconditional.
     model = build_transformer().to(device).eval()
-    optimisers = Optimisers([model], adam=2e-3, muon=0.01, edges=("embedding_table", "pos_embed", "proj_out_2"))
-    ema = EMA(model, decay=0.997)
-    path = options.work / "transformer.pt"
-    saved = load_checkpoint(path) if options.resume else None
-    elapsed = 0.0
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimisers.load_state_dict(saved["optimisers"])
-        elapsed = float(saved["elapsed"])
+    run = Resumable(
+        options.work / "transformer.pt",
+        {"model": model},
+        muon=0.01,
+        adam=2e-3,
+        edges=("embedding_table", "pos_embed", "proj_out_2"),
+        decay=0.997,
+        resume=options.resume,
+    )
     alphas = build_scheduler().alphas_cumprod.to(device)
     generator = torch.Generator().manual_seed(options.seed + 1)
-    clock, step, due = Clock((1 - VAE_SHARE) * options.minutes, elapsed), 0, 0.0
+    clock, step, due = Clock((1 - VAE_SHARE) * options.minutes, run.elapsed), 0, 0.0
     with progress_bar("transformer", clock) as tick:
         while not clock.done:
             loss = _loss(model, latents, labels, alphas, generator)
-            loss.backward()
-            optimisers.step(cosine(clock.fraction))
-            ema.update()
+            run.step(loss, cosine(clock.fraction))
             step += 1
             if clock.elapsed > due:
                 due = clock.elapsed + 0.5
                 log.write(stage="transformer", minute=clock.elapsed, step=step, loss=loss.item())
                 tick(f"loss {loss.item():.4f}")
-                state = {"model": model.state_dict(), "ema": ema.state_dict(), "elapsed": clock.elapsed}
-                save_checkpoint(path, {**state, "optimisers": optimisers.state_dict()})
-    ema.copy_to()
+                run.save(clock.elapsed)
+    run.ema.copy_to()
     return model
 
 
@@ -312,8 +298,4 @@ def train(options: TrainOptions) -> None:
     facts = card(pipeline)
     log.write(stage="score", scores=facts["scores"])
 
-    def extra(folder: Any) -> None:
-        write_card(folder, facts, readme(facts))
-        (folder / "train.log").write_bytes(log.path.read_bytes())
-
-    save_half(pipeline, options.out, extra)
+    save_half(pipeline, options.out, lambda folder: describe(folder, facts, readme(facts), log))

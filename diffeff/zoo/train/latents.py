@@ -12,7 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffeff.zoo.train.harness import EMA, Clock, JsonLog, Muon, cosine, progress_bar, publish, set_lr
+from diffeff.zoo.score import write_card
+from diffeff.zoo.train.harness import (
+    EMA,
+    Clock,
+    JsonLog,
+    Muon,
+    TrainOptions,
+    cosine,
+    load_checkpoint,
+    progress_bar,
+    publish,
+    save_checkpoint,
+    set_lr,
+)
 
 KL_WEIGHT = 2e-5
 
@@ -61,6 +74,26 @@ class Optimisers:
         """From a checkpoint."""
         for optimiser, state in zip(self.all, states, strict=True):
             optimiser.load_state_dict(state)
+
+
+def keep_autoencoder(vae: Any, options: TrainOptions) -> None:
+    """Save a trained autoencoder in the work folder."""
+    save_checkpoint(options.work / "vae.pt", {"vae": vae.state_dict()})
+
+
+def kept_autoencoder(vae: Any, options: TrainOptions) -> bool:
+    """Load the weights that an earlier run kept into `vae`; False where there are none, or not to be resumed."""
+    saved = load_checkpoint(options.work / "vae.pt") if options.resume else None
+    if saved is None:
+        return False
+    load_autoencoder(vae, saved["vae"])
+    return True
+
+
+def load_autoencoder(vae: Any, state: dict[str, Tensor]) -> None:
+    """Load preconditioned weights: see `precondition` for the scaling factor."""
+    vae.load_state_dict(state)
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def train_autoencoder(
@@ -154,6 +187,33 @@ def min_snr_v(alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
     """Loss weight per timestep for v-prediction, min(SNR, gamma) / (SNR + 1) (Hang et al. 2023)."""
     snr = alphas_cumprod / (1 - alphas_cumprod).clamp(min=1e-8)
     return snr.clamp(max=gamma) / (snr + 1)
+
+
+@torch.no_grad()
+def sample_captions(
+    pipeline: Any, captions: list[str], *, batch: int, steps: int, guidance: float, seed: int, **options: Any
+) -> Tensor:
+    """Images [N, 3, H, W] or clips [N, F, 3, H, W] in [0, 1], on the CPU; the pipeline makes `batch` at a time."""
+    pipeline.set_progress_bar_config(disable=True)
+    parts = []
+    for begin in range(0, len(captions), batch):
+        made = pipeline(
+            captions[begin : begin + batch],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(seed + begin),
+            output_type="pt",
+            return_dict=False,
+            **options,
+        )
+        parts.append(made[0].float().cpu())
+    return torch.cat(parts)
+
+
+def describe(folder: Path, facts: dict[str, Any], text: str, log: JsonLog) -> None:
+    """The card, for programs and for people, and the curve of the training, beside the weights."""
+    write_card(folder, facts, text)
+    (folder / "train.log").write_bytes(log.path.read_bytes())
 
 
 def save_half(pipeline: Any, out: Path, extra: Callable[[Path], None] | None = None) -> None:

@@ -15,19 +15,10 @@ import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, UNetMotionModel
 from torch import Tensor, nn
 
-from diffeff.zoo.score import Scores, score_clips, score_table, write_card
-from diffeff.zoo.train.harness import (
-    EMA,
-    Clock,
-    JsonLog,
-    TrainOptions,
-    cosine,
-    load_checkpoint,
-    progress_bar,
-    publish,
-    save_checkpoint,
-)
-from diffeff.zoo.train.latents import Optimisers, autocast, halve
+from diffeff.zoo.score import Scores, score_clips, score_table
+from diffeff.zoo.train.harness import Clock, JsonLog, TrainOptions, cosine, load_checkpoint, progress_bar, publish
+from diffeff.zoo.train.latents import autocast, describe, halve, load_autoencoder, sample_captions
+from diffeff.zoo.train.resumable import Resumable
 from diffeff.zoo.train.sd import (
     CHANNELS,
     EDGES,
@@ -139,31 +130,12 @@ def video_pipeline(nets: Networks, adapter: Any) -> Any:
     )
 
 
-@torch.no_grad()
-def sample_clips(pipeline: Any, captions: list[str], *, steps: int, guidance: float, seed: int) -> Tensor:
-    """Clips [N, 8, 3, 64, 64] in [0, 1] from the pipeline itself, 20 at a time."""
-    pipeline.set_progress_bar_config(disable=True)
-    parts = []
-    for begin in range(0, len(captions), 20):
-        clips = pipeline(
-            captions[begin : begin + 20],
-            num_frames=FRAMES,
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed + begin),
-            output_type="pt",
-        ).frames
-        parts.append(clips.float().cpu())
-    return torch.cat(parts)
-
-
 def score_videos(
     pipeline: Any, scenes: list[Scene], *, steps: int = STEPS, guidance: float = GUIDANCE, seed: int = 1234
 ) -> Scores:
     """All four attributes of one clip per scene."""
-    clips = sample_clips(pipeline, [s.caption for s in scenes], steps=steps, guidance=guidance, seed=seed)
+    captions, size = [s.caption for s in scenes], {"num_frames": FRAMES, "height": SIZE, "width": SIZE}
+    clips = sample_captions(pipeline, captions, batch=20, steps=steps, guidance=guidance, seed=seed, **size)
     return score_clips(scenes, list(clips))
 
 
@@ -173,38 +145,29 @@ def _load_images(options: TrainOptions) -> tuple[Networks, Path]:
     if saved is None:
         raise FileNotFoundError(f"{work / 'final.pt'} is missing: train {BASE} first")
     vae = build_autoencoder().to(options.device)
-    vae.load_state_dict(saved["vae"])
-    vae.register_to_config(scaling_factor=1.0)
+    load_autoencoder(vae, saved["vae"])
     nets = new_networks(vae, options.device)
     nets.unet.load_state_dict(saved["unet"])
     nets.text_encoder.load_state_dict(saved["text_encoder"])
     return nets, work
 
 
-class _Joint:
-    """The joint training run: what is trained, its averages, its checkpoint."""
+class _Joint(Resumable):
+    """The joint training run: UNet, motion modules (`model` holds both) and text encoder."""
 
     def __init__(self, nets: Networks, options: TrainOptions) -> None:
-        self.nets, self.path = nets, options.work / "joint.pt"
+        self.nets = nets
         self.adapter = build_adapter().to(options.device)
         self.model = join(nets.unet, self.adapter)
-        trained = (self.model, nets.text_encoder)
-        self.optimisers = Optimisers(trained, muon=0.015, adam=2e-3, edges=EDGES)
-        self.ema = EMA(*trained, decay=0.99)
-        self.elapsed = 0.0
-        saved = load_checkpoint(self.path) if options.resume else None
-        if saved is not None:
-            self.model.load_state_dict(saved["model"])
-            nets.text_encoder.load_state_dict(saved["text_encoder"])
-            self.ema.load_state_dict(saved["ema"])
-            self.optimisers.load_state_dict(saved["optimisers"])
-            self.elapsed = float(saved["elapsed"])
-
-    def save(self, elapsed: float) -> None:
-        """Write the checkpoint."""
-        state = {"model": self.model.state_dict(), "text_encoder": self.nets.text_encoder.state_dict()}
-        state |= {"ema": self.ema.state_dict(), "optimisers": self.optimisers.state_dict(), "elapsed": elapsed}
-        save_checkpoint(self.path, state)
+        super().__init__(
+            options.work / "joint.pt",
+            {"model": self.model, "text_encoder": nets.text_encoder},
+            muon=0.015,
+            adam=2e-3,
+            edges=EDGES,
+            decay=0.99,
+            resume=options.resume,
+        )
 
 
 def fit_jointly(nets: Networks, clips: LatentClips, options: TrainOptions, log: JsonLog) -> Any:
@@ -223,9 +186,7 @@ def fit_jointly(nets: Networks, clips: LatentClips, options: TrainOptions, log: 
             if step % IMAGES_EVERY == 0:  # enough to keep what the UNet already knows
                 image = image_loss(nets, clips, captions, IMAGES, alphas, generator)
                 loss = loss + IMAGE_SHARE * image
-            loss.backward()
-            run.optimisers.step(cosine(clock.fraction))
-            run.ema.update()
+            run.step(loss, cosine(clock.fraction))
             step += 1
             now, keep = [video.item(), image.item()], 0.98 if step > 1 else 0.0
             mean = [keep * old + (1 - keep) * new for old, new in zip(mean, now, strict=True)]
@@ -271,8 +232,7 @@ def publish_motion(nets: Networks, adapter: Any, out: Path, log: JsonLog, count:
     halve(built / "diffusion_pytorch_model.safetensors")
     build_scheduler().save_pretrained(built / "scheduler")
     (built / "base.json").write_text(json.dumps({"pipeline": "AnimateDiffPipeline", "base": BASE}) + "\n")
-    write_card(built, facts, _readme(scores, count))
-    (built / "train.log").write_bytes(log.path.read_bytes())
+    describe(built, facts, _readme(scores, count), log)
     publish(built, out)
 
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from diffeff.zoo.score import Scores, score_clips, score_table, write_card
+from diffeff.zoo.score import Scores, score_clips, score_table
 from diffeff.zoo.train.harness import (
-    EMA,
     Clock,
     JsonLog,
     TrainOptions,
@@ -27,14 +26,18 @@ from diffeff.zoo.train.harness import (
     save_checkpoint,
 )
 from diffeff.zoo.train.latents import (
-    Optimisers,
     autocast,
+    describe,
     encode,
+    keep_autoencoder,
+    kept_autoencoder,
     precondition,
     psnr,
+    sample_captions,
     save_half,
     train_autoencoder,
 )
+from diffeff.zoo.train.resumable import Resumable
 from diffeff.zoo.train.text import WIDTH, build_text_encoder, build_tokenizer, token_ids
 from diffeff.zoo.world import HELD_OUT, TRAIN, Scene, render, sample_scenes
 
@@ -100,11 +103,7 @@ class _Frames:
 def fit_autoencoder(options: TrainOptions, log: JsonLog, minutes: float) -> Any:
     """Train the autoencoder, or load it from the work folder."""
     vae = build_autoencoder().to(options.device)
-    path = options.work / "vae.pt"
-    saved = load_checkpoint(path) if options.resume else None
-    if saved is not None:
-        vae.load_state_dict(saved["vae"])
-        vae.register_to_config(scaling_factor=1.0)
+    if kept_autoencoder(vae, options):
         return vae
     generator = torch.Generator().manual_seed(options.seed)
     frames = _Frames(1000, generator)
@@ -125,7 +124,7 @@ def fit_autoencoder(options: TrainOptions, log: JsonLog, minutes: float) -> Any:
     train_autoencoder(vae, draw, validate, minutes=minutes, log=log, device=options.device, muon=0.03, adam=3e-3)
     precondition(vae, frames.pool[torch.randperm(len(frames.pool), generator=generator)[:1000]].float() / 127.5 - 1)
     log.write(stage="vae preconditioned", **validate(vae))
-    save_checkpoint(path, {"vae": vae.state_dict()})
+    keep_autoencoder(vae, options)
     return vae
 
 
@@ -308,28 +307,12 @@ def image_loss(
         return example.loss(nets.unet(example.sample, example.t, words).sample)
 
 
-@torch.no_grad()
-def sample_images(pipeline: Any, captions: list[str], *, steps: int, guidance: float, seed: int) -> Tensor:
-    """Images [N, 3, 64, 64] in [0, 1] from the pipeline itself, 50 at a time."""
-    pipeline.set_progress_bar_config(disable=True)
-    parts = []
-    for begin in range(0, len(captions), 50):
-        images = pipeline(
-            captions[begin : begin + 50],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed + begin),
-            output_type="pt",
-        ).images
-        parts.append(images.float().cpu())
-    return torch.cat(parts)
-
-
 def score_images(
     pipeline: Any, scenes: list[Scene], *, steps: int = STEPS, guidance: float = GUIDANCE, seed: int = 1234
 ) -> Scores:
     """Colour and shape of one image per scene, asked for by its full caption."""
-    images = sample_images(pipeline, [s.caption for s in scenes], steps=steps, guidance=guidance, seed=seed)
+    captions = [s.caption for s in scenes]
+    images = sample_captions(pipeline, captions, batch=50, steps=steps, guidance=guidance, seed=seed)
     return score_clips(scenes, list(images))
 
 
@@ -340,40 +323,29 @@ def flat(scores: Scores) -> dict[str, float]:
 
 def fit_unet(nets: Networks, clips: LatentClips, options: TrainOptions, log: JsonLog, minutes: float) -> None:
     """Train UNet and text encoder on single frames; leaves the averaged weights in them."""
-    device = options.device
-    trained = (nets.unet, nets.text_encoder)
-    optimisers = Optimisers(trained, muon=0.02, adam=3e-3, edges=EDGES)
-    ema = EMA(*trained, decay=0.995)
-    path, elapsed = options.work / "unet.pt", 0.0
-    saved = load_checkpoint(path) if options.resume else None
-    if saved is not None:
-        nets.unet.load_state_dict(saved["unet"])
-        nets.text_encoder.load_state_dict(saved["text_encoder"])
-        ema.load_state_dict(saved["ema"])
-        optimisers.load_state_dict(saved["optimisers"])
-        elapsed = float(saved["elapsed"])
-    captions, alphas = Captions(nets.tokenizer, device), build_scheduler().alphas_cumprod.to(device)
+    trained = {"unet": nets.unet, "text_encoder": nets.text_encoder}
+    run = Resumable(
+        options.work / "unet.pt", trained, muon=0.02, adam=3e-3, edges=EDGES, decay=0.995, resume=options.resume
+    )
+    captions = Captions(nets.tokenizer, options.device)
+    alphas = build_scheduler().alphas_cumprod.to(options.device)
     generator = torch.Generator().manual_seed(options.seed + 2)
-    clock, step, running = Clock(minutes, elapsed), 0, 0.0
+    clock, step, running = Clock(minutes, run.elapsed), 0, 0.0
     due = clock.elapsed + 1.0
     with progress_bar("unet", clock) as tick:
         while not clock.done:
             loss = image_loss(nets, clips, captions, BATCH, alphas, generator)
-            loss.backward()
-            optimisers.step(cosine(clock.fraction, floor=0.1))
-            ema.update()
+            run.step(loss, cosine(clock.fraction, floor=0.1))
             step += 1
             running += 0.02 * (loss.item() - running) if step > 1 else loss.item()
             if clock.elapsed > due:
                 due = clock.elapsed + max(1.0, minutes / 8)
-                with ema.applied():
+                with run.ema.applied():
                     figures = flat(score_images(nets.pipeline(), list(HELD_OUT[:50]), steps=15))
                 log.write(stage="unet", minute=clock.elapsed, step=step, loss=running, **figures)
                 tick(f"loss {running:.4f} " + " ".join(f"{k} {v:.2f}" for k, v in figures.items()))
-                state = {"unet": nets.unet.state_dict(), "text_encoder": nets.text_encoder.state_dict()}
-                state |= {"ema": ema.state_dict(), "optimisers": optimisers.state_dict(), "elapsed": clock.elapsed}
-                save_checkpoint(path, state)
-    ema.copy_to()
+                run.save(clock.elapsed)
+    run.ema.copy_to()
 
 
 def new_networks(vae: Any, device: torch.device) -> Networks:
@@ -409,11 +381,7 @@ def publish_images(nets: Networks, out: Path, log: JsonLog, count: int = len(HEL
         "scores": scores.to_json(),
     }
 
-    def extra(folder: Path) -> None:
-        write_card(folder, facts, _readme(scores))
-        (folder / "train.log").write_bytes(log.path.read_bytes())
-
-    save_half(nets.pipeline(), out, extra)
+    save_half(nets.pipeline(), out, lambda folder: describe(folder, facts, _readme(scores), log))
 
 
 def _readme(scores: Scores) -> str:

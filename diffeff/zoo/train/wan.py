@@ -7,6 +7,7 @@ of freshly rendered clips, by flow matching. Both follow the clock and can be in
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -180,8 +181,11 @@ def _train_step(run: Run, pool: LatentPool) -> float:
     return loss.item()
 
 
-def train_joint(options: TrainOptions, vae: Vae) -> Run:
-    """Stage 2: the averaged weights are in the returned run's modules."""
+def train_joint(options: TrainOptions, vae: Vae, keep: Collection[int] = ()) -> Run:
+    """Stage 2: the averaged weights are in the returned run's modules.
+
+    After each number of steps in `keep` they are also saved, as `step-000100.pt` in the work folder.
+    """
     run = _start(options, vae)
     cpu = options.device.type == "cpu"
     pool = LatentPool(vae, 16000, options.device, run.generator)
@@ -194,6 +198,8 @@ def train_joint(options: TrainOptions, vae: Vae) -> Run:
                 pool.refresh(40 if cpu else 256)
             run.history.append(_train_step(run, pool))
             tick(f"step {run.steps} loss {sum(run.history[-50:]) / len(run.history[-50:]):.4f}")
+            if run.steps in keep:
+                _keep(run)
             now, total = run.clock.elapsed, run.clock.minutes
             if now - probed > max(0.5, 0.05 * total):
                 probed = now
@@ -212,6 +218,11 @@ def train_joint(options: TrainOptions, vae: Vae) -> Run:
 def _checkpoint(run: Run) -> None:
     state = state_of(run.joint, run.ema, run.optimizers, run.steps, run.clock.elapsed)
     save_checkpoint(run.options.work / "joint.pt", state)
+
+
+def _keep(run: Run) -> None:
+    with run.ema.applied():
+        save_checkpoint(run.options.work / f"step-{run.steps:06d}.pt", run.joint.state_dict())
 
 
 @torch.no_grad()
