@@ -16,6 +16,7 @@ TRAINERS: dict[str, tuple[str, float]] = {
     "sprites-sd": ("diffeff.zoo.train.sd:train", 38.0),
     "sprites-motion": ("diffeff.zoo.train.motion:train", 40.0),
     "sprites-wan": ("diffeff.zoo.train.wan:train", 90.0),
+    "sprites-encoder": ("diffeff.zoo.train.encoder:train", 12.0),
 }
 
 
