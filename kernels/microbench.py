@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cache_file", "forget", "machine", "timings"]
+__all__ = ["cache_file", "chip", "forget", "machine", "timings"]
 
 log = logging.getLogger("diffeff")
 _BUDGET = 0.3
@@ -116,15 +116,19 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def chip(device: torch.device) -> str:
+    """What a device is: the GPU's name, or the processor's with its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {platform.machine()}"
+
+
 def machine(device: torch.device) -> str:
     """What a timing depends on besides shape and dtype: chip, number of threads, versions."""
-    if device.type == "cuda":
-        chip = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        chip = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    else:
-        chip = f"{device.type} {platform.machine()}"
-    return f"{chip}, {_versions()}"
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    return f"{chip(device)}, {threads}{_versions()}"
 
 
 def cache_file(op: str, place: str) -> Path | None:

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from diffeff.cli.bench_output import bench_table, finish, matrix_table, progress, scaling_table
+from diffeff.cli.bench_output import bench_table, finish, kept, matrix_table, progress, scaling_table
 from diffeff.cli.console import err, out
 from diffeff.cli.flags import command
 from diffeff.cli.group import EPILOG
@@ -179,7 +179,7 @@ class Request:
 def run(request: Request, flags: dict[str, Any]) -> None:
     """The command's work."""
     rows = _measured(_settings(request), quiet=request.json)
-    finish(rows, request.file, request.json, bench_table, write=False)
+    finish(rows, request.file, request.json, bench_table)
 
 
 def _settings(request: Request) -> BenchSettings:
@@ -234,7 +234,7 @@ def matrix(
     _check(file)
     settings = MatrixSettings(families=_list(families), methods=_list(methods), pairs=pairs, steps=steps, seed=seed)
     with progress(json) as observe:
-        rows = list(measure_matrix(settings, observe))
+        rows = kept(measure_matrix(settings, observe), file)
     finish(rows, file, json, matrix_table)
 
 
@@ -281,7 +281,7 @@ def scaling(
         call={} if steps is None else {"num_inference_steps": steps},
     )
     with progress(json) as observe:
-        rows = list(measure_scaling(settings, observe))
+        rows = kept(measure_scaling(settings, observe), file)
     finish(rows, file, json, scaling_table)
 
 

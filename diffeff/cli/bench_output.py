@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,30 @@ from rich.table import Table
 
 from diffeff.cli.console import emit, err, out, table
 
-__all__ = ["bench_table", "finish", "matrix_table", "progress", "scaling_table"]
+__all__ = ["bench_table", "finish", "kept", "matrix_table", "progress", "scaling_table"]
 
 Rows = list[dict[str, Any]]
 
 
-def finish(rows: Rows, file: Path | None, json: bool, shown: Callable[[Rows], Table], *, write: bool = True) -> None:
-    """Rows to the file, if one was named (unless they are there already), and on stdout as a table or as JSON."""
-    if file is not None and write:
-        from diffeff.eval.bench.rows import append
+def kept(rows: Iterable[dict[str, Any]], file: Path | None) -> Rows:
+    """All the rows; each is in the file, if one was named, as soon as it is measured, so that stopping loses none."""
+    from diffeff.eval.bench.rows import append
 
-        append(file, rows)
+    found = []
+    try:
+        for row in rows:
+            if file is not None:
+                append(file, [row])
+            found.append(row)
+    except KeyboardInterrupt:
+        if file is not None and found:
+            err().print(f"What is finished is kept in {file}: {len(found)} rows.", markup=False)
+        raise
+    return found
+
+
+def finish(rows: Rows, file: Path | None, json: bool, shown: Callable[[Rows], Table]) -> None:
+    """Rows that are in the file, if one was named, on stdout as a table or as JSON."""
     if json:
         emit({"rows": rows})
     else:
@@ -54,13 +67,13 @@ def bench_table(rows: Rows) -> Table:
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["status"] != "ok":
         return [f"[red]{row['status']}[/], see below"]
-    speed, macs = row["speedup"], row["macs"]
+    speed, flops = row["speedup"], row["flops"]
     psnr, ssim = row["fidelity"]["psnr"], row["fidelity"]["ssim"]
     followed, peak = (row["adherence"] or {}).get("all"), row["peak_memory"]
     plain = row["arm"]["kind"] == "plain"
     return [
         f"{speed['median']:.2f}x ({speed['q1']:.2f} to {speed['q3']:.2f})",
-        "-" if macs is None else f"{100 * macs:.0f} %",
+        "-" if flops is None else f"{100 * flops:.0f} %",
         _decibels(psnr, plain, row["noop"]),
         "-" if ssim is None else f"{ssim['mean']:.4f}",
         "-" if followed is None else f"{followed['right']} of {followed['trials']}",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from diffeff.errors import DiffEffError
 from diffeff.eval.bench.memory import available_bytes, held_bytes
 from diffeff.eval.calls import parameters
+from diffeff.kernels.microbench import chip
 from diffeff.report import environment
 
 __all__ = ["facts"]
@@ -28,7 +27,7 @@ def facts(pipe: Any, call: Mapping[str, Any], device: torch.device) -> dict[str,
         "held_bytes": held_bytes(device),
         "available_bytes": available_bytes(device),
         "threads": torch.get_num_threads(),
-        "environment": environment() | {"processor": _processor(device)},
+        "environment": environment() | {"processor": chip(device)},
     }
 
 
@@ -48,12 +47,3 @@ def _classes(pipe: Any) -> int:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None) and k[:1] != "_"}
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

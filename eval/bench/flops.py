@@ -28,10 +28,10 @@ def counting_flops(modules: Iterable[nn.Module]) -> Iterator[Flops]:
     not know.
 
     Attention is counted, also where token merging or a cache makes it smaller. Integer products (int8 layers) count
-    like floating-point ones of their shape: the figure says how much is computed, not how fast. Each operator costs
-    microseconds more, so a run inside the block must not be timed.
+    like floating-point ones of their shape, also where a kernel is launched past torch's dispatcher (Triton): the
+    figure says how much is computed, not how fast. Each operator costs microseconds more: do not time such a run.
     """
-    flops = Flops()
+    flops, modules = Flops(), list(modules)
     with FlopCounterMode(display=False, custom_mapping=_others()) as counter:
 
         def begin(*_: Any) -> None:
@@ -41,6 +41,7 @@ def counting_flops(modules: Iterable[nn.Module]) -> Iterator[Flops]:
             flops.count += counter.get_total_flops()
 
         hooks = [hook for module in modules for hook in _around(module, begin, end)]
+        hooks += [hook for layer in _stand_ins(modules) for hook in _by_features(layer, counter, flops)]
         try:
             yield flops
         finally:
@@ -51,6 +52,32 @@ def counting_flops(modules: Iterable[nn.Module]) -> Iterator[Flops]:
 def _around(module: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> Iterator[Any]:
     yield module.register_forward_pre_hook(begin)
     yield module.register_forward_hook(end, always_call=True)
+
+
+def _stand_ins(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Layers that stand in for linear ones. A LoRA wrapper has features, too: its inner layers count."""
+    layers = {id(layer): layer for module in modules for layer in module.modules()}
+    for layer in layers.values():
+        leaf = next(layer.children(), None) is None and not isinstance(layer, nn.Linear)
+        if leaf and isinstance(getattr(layer, "in_features", None), int) and hasattr(layer, "out_features"):
+            yield layer
+
+
+def _by_features(layer: Any, counter: FlopCounterMode, flops: Flops) -> Iterator[Any]:
+    """Count a stand-in by its features and not by what the counter saw of its call: nothing of a Triton kernel, and too
+    much where kernels are tried out first."""
+    before = 0
+
+    def begin(*_: Any) -> None:
+        nonlocal before
+        before = counter.get_total_flops()
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            flops.count += 2 * output.numel() * layer.in_features - (counter.get_total_flops() - before)
+
+    yield layer.register_forward_pre_hook(begin)
+    yield layer.register_forward_hook(end)
 
 
 def _others() -> dict[Any, Callable[..., int]]:

@@ -82,13 +82,13 @@ class Measured:
         """The measured part of the row; all None for an arm without results."""
         if self.error is not None or not self.entries:
             return dict.fromkeys(_NUMBERS)
-        macs, whole = self.count.get("macs"), self.plain_count.get("macs")
+        flops, whole = self.count.get("flops"), self.plain_count.get("flops")
         return {
             "seconds": quartiles(self.times("seconds")),
             "cpu_seconds": quartiles(self.times("cpu_seconds")),
             "speedup": quartiles(ratios(self.times("seconds", self.plain), self.times("seconds"))),
             "cpu_speedup": quartiles(ratios(self.times("cpu_seconds", self.plain), self.times("cpu_seconds"))),
-            "macs": round(macs / whole, 4) if macs is not None and whole else None,
+            "flops": round(flops / whole, 4) if flops is not None and whole else None,
             "peak_memory": dict(self.memory) if self.memory is not None and self.memory.get("bytes") else None,
             "fidelity": fidelity_of(self.entries),
             "adherence": adherence_of([entry["seen"] for entry in self.entries]),
@@ -101,7 +101,7 @@ _NUMBERS = (
     "cpu_seconds",
     "speedup",
     "cpu_speedup",
-    "macs",
+    "flops",
     "peak_memory",
     "fidelity",
     "adherence",

@@ -24,7 +24,9 @@ from diffeff.zoo.score import Accuracy
 
 __all__ = ["adherence_of", "append", "check_appendable", "commit", "fidelity_of", "quartiles", "ratios", "strip"]
 
-_STRIP_BYTES = 60_000
+_STRIP_BYTES = 24_000
+_QUALITIES = (None, 95, 90, 85)
+"""Of WebP, best first; None is lossless."""
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -92,12 +94,12 @@ def _round(value: float, digits: int = 5) -> float:
 
 # --- pictures -------------------------------------------------------------------------------------------------------
 def strip(clip: Clip, height: int = 96) -> str:
-    """The frames of a clip [F, H, W, 3] in one row, as a base64 PNG of at most 60 kB: fewer and smaller frames where
-    it must be."""
+    """The frames of a clip [F, H, W, 3] in one row, as a base64 picture of at most 24 kB: a lossless WebP, a lossy one
+    where that is too large, then fewer and smaller frames."""
     count = len(clip)
     while True:
         picked = sorted({round(float(i)) for i in np.linspace(0, len(clip) - 1, count)})
-        data = _png(np.concatenate([_small(clip[i], height) for i in picked], axis=1))
+        data = _smallest(np.concatenate([_small(clip[i], height) for i in picked], axis=1))
         if len(data) <= _STRIP_BYTES or (count == 1 and height <= 16):
             return base64.b64encode(data).decode("ascii")
         count, height = (count - 1, height) if count > 4 else (count, height * 3 // 4)
@@ -112,11 +114,22 @@ def _small(frame: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def _png(picture: NDArray[np.uint8]) -> bytes:
+def _smallest(picture: NDArray[np.uint8]) -> bytes:
+    """The best quality that fits; the lowest that still shows what differs where none does."""
+    data = b""
+    for quality in _QUALITIES:
+        data = _webp(picture, quality)
+        if len(data) <= _STRIP_BYTES:
+            break
+    return data
+
+
+def _webp(picture: NDArray[np.uint8], quality: int | None) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    options: dict[str, Any] = {"lossless": True} if quality is None else {"quality": quality}
+    Image.fromarray(picture).save(buffer, format="WEBP", method=6, **options)
     return buffer.getvalue()
 
 

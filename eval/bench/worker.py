@@ -25,7 +25,7 @@ from diffeff import loading
 from diffeff.errors import DiffEffError
 from diffeff.eval.bench.arms import Arm
 from diffeff.eval.bench.facts import facts
-from diffeff.eval.bench.macs import counting
+from diffeff.eval.bench.flops import counting_flops
 from diffeff.eval.bench.memory import measured
 from diffeff.eval.bench.peers import Request, peer
 from diffeff.eval.bench.solvers import make_solver
@@ -92,12 +92,12 @@ class Worker:
         return {"seconds": wall, "cpu_seconds": cpu, "notes": self.notes}
 
     def count(self, message: Message) -> dict[str, Any]:
-        """One untimed call of an arm with its multiply-accumulates; it warms the process up for that arm."""
+        """One untimed call of an arm with its floating-point operations; it warms the process up for that arm."""
         arm = self._take(message)
-        with self._put_on(arm) as pipe, counting(_denoisers(self.pipe)) as macs:
+        with self._put_on(arm) as pipe, counting_flops(_denoisers(self.pipe)) as flops:
             self._call(pipe, arm, message["seed"])
             engaged = _engaged(pipe)
-        return {"macs": macs.count, "notes": self.notes, "engaged": engaged}
+        return {"flops": flops.count, "notes": self.notes, "engaged": engaged}
 
     def memory(self, message: Message) -> dict[str, Any]:
         """Peak memory of one call of an arm. The process must be fresh: what it used before would hide the peak."""

@@ -39,7 +39,7 @@ h2{font-size:1.3rem;margin:2.2em 0 .5em;padding-top:.4em;border-top:1px solid va
 h3{font-size:1.05rem;margin:1.6em 0 .5em}
 p{margin:.5em 0;max-width:76ch}
 a{color:var(--link)}
-.meta{color:var(--faint);font-size:.92rem}
+.meta{color:var(--faint);font-size:.92rem;max-width:none}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:6px 18px;padding:0;margin:.6em 0}
 .skip{position:absolute;left:-9999px}
 .skip:focus{left:12px;top:12px;background:var(--card);padding:8px 12px;z-index:9}
@@ -96,27 +96,33 @@ font-size:.84rem;line-height:1.4;white-space:pre-line;max-width:340px;box-shadow
 #tip::first-line{font-weight:700}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--faint);padding:9px 12px;font-size:.88rem}
-th,td{padding:7px 11px;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th,td{padding:7px 9px;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
 thead th{border-top:0;background:var(--card);vertical-align:bottom}
-th:first-child,td.words,th.words,.facts td,.facts th{text-align:left;white-space:normal;overflow-wrap:anywhere}
+th:first-child,td.words,th.words,.facts td,.facts th{text-align:left;white-space:normal;overflow-wrap:break-word}
+td.words{min-width:9em}
+.facts td{overflow-wrap:anywhere}
 tbody th{font-weight:600;min-width:190px}
 tbody th,thead th:first-child{position:sticky;left:0;background:var(--card)}
-td small{display:block;color:var(--faint)}
+td small,th small{display:block;color:var(--faint)}
+td small,th small{font-size:.87em}
+td small.note{white-space:normal;min-width:11em;max-width:20em;margin-left:auto}
+th small{font-weight:400;max-width:46ch}
 tbody tr:hover,tbody tr:hover th{background:color-mix(in srgb,var(--link) 7%,var(--card))}
 tbody tr:target,tbody tr:target th{background:color-mix(in srgb,var(--front) 45%,var(--card))}
 tbody th i{display:inline-block;width:9px;height:9px;border-radius:2px;background:var(--own);margin-right:7px}
 thead button{border:0;padding:2px 0;background:none;font-weight:650;text-align:inherit;white-space:normal}
-thead button::after{content:" \\2195";color:var(--faint)}
-th[aria-sort=ascending] button::after{content:" \\2191";color:inherit}
-th[aria-sort=descending] button::after{content:" \\2193";color:inherit}
+thead button::after{content:"\\a0\\2195";color:var(--faint)}
+th[aria-sort=ascending] button::after{content:"\\a0\\2191";color:inherit}
+th[aria-sort=descending] button::after{content:"\\a0\\2193";color:inherit}
 td.works{background:var(--good-bg)}td.fails{background:var(--bad-bg)}td.idle{background:var(--warn-bg)}
+td .one{white-space:nowrap}
 td.quote{font-family:ui-monospace,Consolas,monospace;font-size:.83rem}
 .clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(148px,1fr));gap:16px;margin:12px 0}
 .clips.large{grid-template-columns:repeat(auto-fill,minmax(300px,1fr))}
 .clips.frames{grid-template-columns:1fr}
 figure{margin:0}
 figcaption{font-size:.84rem;margin-top:5px;overflow-wrap:anywhere}
-figcaption small{display:block;color:var(--faint)}
+figcaption small{display:block;color:var(--faint);font-size:.92em}
 .clip{overflow:hidden;border-radius:5px;background:#8883;border:2px solid transparent}
 figure.plain .clip{border-color:var(--p-plain)}
 .clip img{display:block;width:100%;height:auto;image-rendering:pixelated}
@@ -135,15 +141,21 @@ details[open]{padding-bottom:12px}
 pre{overflow-x:auto;font:.82rem/1.45 ui-monospace,Consolas,monospace;background:var(--paper);padding:9px 11px;
 border-radius:6px;
 white-space:pre-wrap;overflow-wrap:anywhere}
-.bar{display:block;min-width:120px}
+.bar{display:block;min-width:120px;margin:2px 0 0 auto}
 .bar .span{fill:var(--own);opacity:.35}.bar .value{fill:var(--own)}.bar .base{stroke:var(--line)}
 footer{color:var(--faint);font-size:.85rem;padding:30px 0}
+@media screen and (max-width:800px){th,td{padding:6px 8px}tbody th{min-width:150px}svg text{font-size:15px}
+svg .axis{font-size:16px}svg .label{font-size:13.5px}svg .label.strong{font-size:15px}}
+@media (min-width:570px) and (max-width:840px){.cards:has(>:nth-child(3):last-child)>:last-child{grid-column:1/-1}}
 @media (max-width:600px){.pair>div{grid-template-columns:1fr}h1{font-size:1.4rem}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
+@page{size:A4 landscape;margin:12mm}
 @media print{body{background:#fff;font-size:11pt}.plot,.wide{overflow:visible;border:0}
 .controls,.skip,nav,#tip{display:none}
-table{font-size:7.5pt}th,td{padding:3px 5px}thead button::after{content:""}.card,figure,tr,.pair{break-inside:avoid}
-.clips{grid-template-columns:1fr}.clips .clip{aspect-ratio:auto}.clips .clip img{width:100%;animation:none}
+table{font-size:7.5pt}thead button,.chip,caption{font-size:inherit}.plot svg{max-height:150mm}
+th,td{padding:3px 5px}thead button::after{content:""}.card,figure,tr,.pair{break-inside:avoid}
+td.quote{font-size:inherit}
+.clips{grid-template-columns:1fr 1fr}.clips .clip{aspect-ratio:auto}.clips .clip img{width:100%;animation:none}
 main,header{max-width:none;padding:0}h2,h3{break-after:avoid}tbody th{min-width:0}.plot svg{min-width:0}}
 """
 
@@ -241,7 +253,9 @@ SCRIPT = """
   }
   for (const video of all("video")) if (!calm) video.play().catch(() => {});
 
-  // On paper everything is unfolded.
-  addEventListener("beforeprint", () => all("details").forEach((one) => { one.open = true; }));
+  // On paper everything is unfolded but what lies two folds deep.
+  addEventListener("beforeprint", () => all("details").forEach((one) => {
+    one.open = !one.parentElement.closest("details");
+  }));
 })();
 """

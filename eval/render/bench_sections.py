@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
 from collections.abc import Callable, Iterator, Sequence
 
 from diffeff.eval.render.advice import Choice, beaten, choices, verdict
@@ -88,23 +88,27 @@ def _alone(cells: Sequence[Cell]) -> Iterator[str]:
 def arm_table(cells: Sequence[Cell], ident: Ident) -> Markup:
     """Every arm in a table to sort; one that failed or was refused says why in its own words, across all columns."""
     attributes = list(dict.fromkeys(name for cell in cells for name in cell.adherence))
+    memory = any(cell.peak_bytes is not None for cell in cells)
     columns = [
         Column("arm", words=True),
         Column("steps"),
         Column("speed-up"),
         Column("CPU time"),
         Column("PSNR, dB"),
-        Column("SSIM"),
-        Column("MACs left", rising=True),
-        Column("peak memory", rising=True),
-        *(Column("whole caption" if name == "all" else name) for name in attributes),
         Column("against fewer steps", words=True),
+        Column("SSIM"),
+        Column("FLOPs left", rising=True),
+        *([Column("peak memory", rising=True)] if memory else ()),
+        *(Column("whole caption" if name == "all" else name) for name in attributes),
     ]
-    rows = [_row(cell, cells, attributes, len(columns), ident(cell)) for cell in cells]
+    rows = []
+    for cell in cells:
+        numbers = [*_closeness(cell), _standing(cell, cells), *_costs(cell, memory), *_shares(cell, attributes)]
+        rows.append(_row(cell, numbers, len(columns), ident(cell)))
     return sortable("Speed-ups are medians over prompts with quartiles; [..] are 95 % intervals.", columns, rows)
 
 
-def _row(cell: Cell, cells: Sequence[Cell], attributes: Sequence[str], width: int, ident: str) -> Markup:
+def _row(cell: Cell, numbers: Sequence[Markup], width: int, ident: str) -> Markup:
     marked = {"failed": chip("failed", "no"), "refused": chip("refused", "no"), "idle": chip("no effect", "hm")}
     head = element(
         "th", element("i"), cell.label, " ", marked.get(cell.state), scope="row", data_value=cell.label,
@@ -114,12 +118,13 @@ def _row(cell: Cell, cells: Sequence[Cell], attributes: Sequence[str], width: in
         where = f"{cell.phase}: " if cell.phase else ""
         quote = element("td", where + cell.message, colspan=str(width - 1), class_="words quote")
         return element("tr", head, quote, id=ident)
-    return element("tr", head, *_numbers(cell), *_shares(cell, attributes), _standing(cell, cells), id=ident)
+    return element("tr", head, *numbers, id=ident)
 
 
-def _numbers(cell: Cell) -> list[Markup]:
-    psnr, ssim = cell.psnr, ((cell.row.get("fidelity") or {}).get("ssim") or {}).get("mean")
-    shown = None if psnr is None else "identical" if math.isinf(psnr.value) else f"{psnr.value:.1f}"
+def _closeness(cell: Cell) -> list[Markup]:
+    psnr = cell.psnr
+    same = "reference" if cell.is_plain else "identical"
+    shown = None if psnr is None else same if math.isinf(psnr.value) else f"{psnr.value:.1f}"
     spread = "" if psnr is None or math.isinf(psnr.value) else f"[{psnr.low:.1f}, {psnr.high:.1f}]"
     worst = f"worst {cell.worst:.1f}" if cell.worst is not None else ""
     cpu = cell.cpu_speed
@@ -128,9 +133,15 @@ def _numbers(cell: Cell) -> list[Markup]:
         _number(*_speed(cell.speed), _range(cell.speed) if cell.speed else ""),
         _number(*_speed(cpu)),
         _number(None if psnr is None else min(psnr.value, 999.0), shown, spread, worst),
+    ]
+
+
+def _costs(cell: Cell, memory: bool) -> list[Markup]:
+    ssim = ((cell.row.get("fidelity") or {}).get("ssim") or {}).get("mean")
+    return [
         _number(ssim, None if ssim is None else f"{ssim:.4f}"),
-        _number(cell.macs, percent(cell.macs)),
-        _number(cell.peak_bytes, mebibytes(cell.peak_bytes)),
+        _number(cell.flops, percent(cell.flops)),
+        *([_number(cell.peak_bytes, mebibytes(cell.peak_bytes))] if memory else ()),
     ]
 
 
@@ -190,16 +201,16 @@ def _sheet(cell: Cell) -> str:
 
 
 def _figure(cell: Cell, ident: str) -> Markup:
-    width, height = _size(_sheet(cell))
+    kind, width, height = _picture(_sheet(cell))
     count = _frames(cell, width, height)
     picture = element(
         "img",
-        src=f"data:image/png;base64,{_sheet(cell)}",
+        src=f"data:{kind};base64,{_sheet(cell)}",
         alt=f"{count} frames of the first prompt, {cell.label}",
         width=str(width),
         height=str(height),
     )
-    figures = [f"{cell.speed.value:.2f}x" if cell.speed else "", psnr_text(cell) if not cell.is_plain else ""]
+    figures = [f"{cell.speed.value:.2f}x" if cell.speed else "", "" if cell.is_plain else _decibels(cell)]
     text = element("small", ", ".join(part for part in figures if part))
     return element(
         "figure",
@@ -210,10 +221,19 @@ def _figure(cell: Cell, ident: str) -> Markup:
     )
 
 
-def _size(sheet: str) -> tuple[int, int]:
-    """Width and height from a PNG's header (bytes 16 to 24); 1 x 1 for what is none."""
-    head = base64.b64decode(sheet[:44] + "=" * (-len(sheet[:44]) % 4))
-    return struct.unpack(">II", head[16:24]) if head[:4] == b"\x89PNG" and len(head) >= 24 else (1, 1)
+def _decibels(cell: Cell) -> str:
+    return psnr_text(cell).partition(" [")[0].partition(",")[0]
+
+
+def _picture(sheet: str) -> tuple[str, int, int]:
+    """Media type, width and height of a base64 picture; 1 x 1 for what is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(sheet))) as found:
+            return found.get_format_mimetype() or "image/png", found.width, found.height
+    except (UnidentifiedImageError, ValueError):
+        return "image/png", 1, 1
 
 
 def _frames(cell: Cell, width: int, height: int) -> int:

@@ -23,7 +23,7 @@ Record = Mapping[str, Any]
 _SHARES = frozenset({"adherence", "precision", "recall"})
 _FIRST = ("psnr", "fid", "clip", "adherence", "fvd", "kid", "cmmd", "ssim", "lpips")
 """Metrics that become headline cards, most telling first."""
-_CARDS = 5
+_CARDS = 4
 
 
 def evaluation_page(report: Record, samples: Sequence[Record] | None = None) -> str:
@@ -108,13 +108,14 @@ def _closeness(report: Record, results: Sequence[Record]) -> Iterator[str]:
 
 
 def _card(result: Record) -> Markup:
-    entries = [(_better(result), _interval(result) or "no interval")]
+    entries = [("95 % interval", _interval(result) or "none")]
     reference, _ = _beside(result)
     entries += [("reference", _number(result, reference["value"]))] if reference else []
     entries += [("items", str(result["n"]))]
     known = METRICS.get(str(result["metric"]))
     value, unit = _value(result)
-    return card(str(result["label"]), value, unit, "", entries, known.summary if known else "", _mood(result))
+    title = f"{result['label']}, {_better(result)}" if result["better"] != "neither" else str(result["label"])
+    return card(title, value, unit, "", entries, known.summary if known else "", _mood(result))
 
 
 def _mood(result: Record) -> str:
@@ -166,29 +167,27 @@ def _table(results: Sequence[Record]) -> Markup:
     compared = any(_beside(result)[0] for result in results)
     columns = [Column("metric", words=True), Column("value"), Column("95 % interval")]
     columns += [Column("reference"), Column("difference")] if compared else []
-    columns += [Column("items"), Column("better", words=True), Column("what it says", words=True)]
+    columns += [Column("items")]
     return sortable("Every result of this evaluation.", columns, [_row(result, compared) for result in results])
 
 
 def _row(result: Record, compared: bool) -> Markup:
-    value, unit = _value(result)
+    (value, unit), label = _value(result), str(result["label"])
     known = METRICS.get(str(result["metric"]))
     sort = "1e999" if result["infinite"] else None if result["value"] is None else repr(result["value"])
     return element(
         "tr",
-        element("th", str(result["label"]), scope="row", data_value=str(result["label"])),
-        element("td", f"{value} {unit}".strip(), data_value=sort),
+        element("th", label, element("small", known.summary) if known else None, scope="row", data_value=label),
+        element("td", f"{value} {unit}".strip(), element("small", _better(result)), data_value=sort),
         element("td", _interval(result) or DASH, _method(result), _bar(result)),
         *(_compared(result) if compared else ()),
         element("td", str(result["n"]), data_value=str(result["n"])),
-        element("td", _better(result), class_="words", data_value=_better(result)),
-        element("td", known.summary if known else "", class_="words"),
     )
 
 
 def _method(result: Record) -> Markup | None:
     interval = result.get("interval")
-    return element("small", str(interval["method"])) if interval else None
+    return element("small", str(interval["method"]), class_="note") if interval else None
 
 
 _STANDINGS = {"unclear": "no clear difference"}
@@ -198,10 +197,10 @@ def _compared(result: Record) -> list[Markup]:
     reference, difference = _beside(result)
     standing = _comparison(result)
     kind = {"better": "ok", "worse": "no"}.get(standing or "", "")
-    gap = joined([]) if difference is None else joined([_number(result, difference["value"]), " "])
+    gap = joined([]) if difference is None else joined([_number(result, difference["value"])])
     return [
         element("td", DASH if reference is None else _number(result, reference["value"])),
-        element("td", gap, chip(_STANDINGS.get(standing, standing), kind) if standing else None),
+        element("td", gap, element("div", chip(_STANDINGS.get(standing, standing), kind)) if standing else None),
     ]
 
 

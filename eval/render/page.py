@@ -81,12 +81,14 @@ def _model(model: str, found: Sequence[Cell]) -> dict[str, Markup]:
 
 def _scaling(rows: Sequence[Row]) -> Markup:
     columns = [Column("model", words=True), Column("axis", words=True), Column("time grows as x to the")]
-    columns += [Column("memory above load grows as x to the"), Column("x: seconds, peak MiB", words=True)]
+    columns += [Column("memory above load grows as x to the"), Column("x: seconds, MiB above load", words=True)]
     body = [
         element(
             "tr",
             element("th", str(row["model"]) + (" with plan" if row.get("plan") else ""), scope="row"),
-            element("td", str(row["axis"]), class_="words", data_value=str(row["axis"])),
+            element(
+                "td", str(row["axis"]), element("small", row.get("unit")), class_="words", data_value=str(row["axis"])
+            ),
             _slope(row, "slope_time"),
             _slope(row, "slope_memory"),
             element("td", _points(row), class_="words"),
@@ -104,13 +106,16 @@ def _slope(row: Row, field: str) -> Markup:
     return element("td", f"{slope['value']:.2f}", interval, data_value=repr(slope["value"]))
 
 
-def _points(row: Row) -> str:
+def _points(row: Row) -> Markup:
+    """Each point on one line, and what failed."""
     texts = []
     for point in row["points"]:
-        memory = "" if point.get("peak_bytes") is None else f", {point['peak_bytes'] / 2**20:.0f}"
+        added = point.get("above_load_bytes")
+        memory = "" if added is None else f", {added / 2**20:.3g}"
         texts.append(f"{point['x']:g}: {point['seconds']:.3g} s{memory}")
     texts += [f"{failed['value']} failed: {failed['error']}" for failed in row.get("failed") or ()]
-    return "; ".join(texts)
+    whole = [element("span", text, class_="one") for text in texts]
+    return joined([part for text in whole for part in ("; ", text)][1:])
 
 
 def _matrix(rows: Sequence[Row]) -> Markup:

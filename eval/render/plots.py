@@ -170,7 +170,7 @@ def scaling(rows: Sequence[Row], title: str) -> Any:
         for line, quantity in zip(panels, shown, strict=True):
             for axes, name in zip(line, names, strict=True):
                 _scaling_panel(axes, [row for row in rows if row["axis"] == name], quantity)
-                axes.set_xlabel(name)
+                axes.set_xlabel(next((row["unit"] for row in rows if row["axis"] == name and row.get("unit")), name))
             line[0].set_ylabel(quantity[2])
         figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure

@@ -59,7 +59,7 @@ class Cell:
     seconds: Spread | None
     psnr: Spread | None
     worst: float | None
-    macs: float | None
+    flops: float | None
     peak_bytes: int | None
     adherence: Mapping[str, Adherence]
 
@@ -153,7 +153,7 @@ def _cell(row: Row) -> Cell:
         seconds=_quartiles(row.get("seconds")),
         psnr=_psnr(psnr, fidelity, int(row.get("prompts") or 0)),
         worst=psnr.get("min"),
-        macs=row.get("macs"),
+        flops=row.get("flops"),
         peak_bytes=(row.get("peak_memory") or {}).get("bytes"),
         adherence=dict(_adherence(row.get("adherence") or {})),
     )

@@ -43,7 +43,7 @@ def summary(cell: Cell) -> list[str]:
     lines = [cell.label, f"{spread_text(cell.speed)} x plain's speed", f"PSNR {psnr_text(cell)}"]
     if whole := cell.adherence.get("all"):
         lines.append(f"shows its caption: {whole.right} of {whole.trials}")
-    lines += [f"MACs left: {100 * cell.macs:.0f} %"] if cell.macs is not None else []
+    lines += [f"FLOPs left: {100 * cell.flops:.0f} %"] if cell.flops is not None else []
     return lines + ([f"peak memory {mebibytes(cell.peak_bytes)}"] if cell.peak_bytes is not None else [])
 
 

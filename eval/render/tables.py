@@ -95,7 +95,7 @@ def bench_table(
         "speed-up (quartiles)": [spread_text(cell.speed) for cell in ran],
         "CPU-time speed-up": [DASH if c.cpu_speed is None else f"{c.cpu_speed.value:.2f}" for c in ran],
         "PSNR to plain": [psnr_text(cell) for cell in ran],
-        "MACs left": [percent(cell.macs) for cell in ran],
+        "FLOPs left": [percent(cell.flops) for cell in ran],
         "peak memory": [mebibytes(cell.peak_bytes) for cell in ran],
         "shows its caption": [_follows(cell.adherence) for cell in ran],
         "against fewer steps at its speed": [_standing(cell, among or cells) for cell in ran],

@@ -213,6 +213,24 @@ def test_scaling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == SCALING
 
 
+@pytest.mark.parametrize(("name", "row"), [("matrix", MATRIX), ("scaling", SCALING)])
+def test_stopped_rows_that_are_finished_are_in_the_file(
+    name: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(*_: object) -> Iterator[dict[str, Any]]:
+        yield row
+        raise KeyboardInterrupt
+
+    module = {"matrix": matrix, "scaling": scaling}[name]
+    monkeypatch.setattr(module, f"measure_{name}", stopped)
+    out = tmp_path / "rows.jsonl"
+    out.write_text('{"benchmark": "other"}')
+    result = cli(name, "-o", out)
+    assert result.exit_code == 130
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [{"benchmark": "other"}, row]
+    assert "1 rows" in result.stderr
+
+
 def test_the_report_is_one_page_without_requests(tmp_path: Path) -> None:
     file = tmp_path / "bench.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in bench_rows()))

@@ -19,9 +19,9 @@ def bench_rows(
     model: str = "sprites-wan", run: str = "20261121T101500-abcd", samples: bool = True
 ) -> list[dict[str, Any]]:
     """One run with every kind of row: plain, plans, a sweep, peers, two curves of fewer steps, idle, failed."""
-    rows = [_row(model, run, "plain", "plain", "plain", 1.0, None, 30, macs=1.0)]
+    rows = [_row(model, run, "plain", "plain", "plain", 1.0, None, 30, flops=1.0)]
     for name, speed, psnr in (("high", 1.65, 61.6), ("balanced", 2.27, 56.9), ("fast", 3.19, 43.6)):
-        rows.append(_row(model, run, "plan", name, name, speed, psnr, 30, macs=1.05 / speed))
+        rows.append(_row(model, run, "plan", name, name, speed, psnr, 30, flops=1.05 / speed))
     rows += _sweep(model, run, "plan", "tuned", "feature_cache threshold", (0.05, 0.1, 0.2, 0.3), 1.4, 0.5, 60)
     rows += _sweep(
         model, run, "peer", "diffusers:fbcache", "diffusers FirstBlockCache", (0.05, 0.1, 0.2, 0.4), 1.3, 0.4, 51
@@ -96,7 +96,7 @@ def _sweep(
             psnr - 4.5 * i,
             30,
             options={"threshold": value},
-            macs=1 / (speed + rise * i),
+            flops=1 / (speed + rise * i),
         )
         for i, value in enumerate(values)
     ]
@@ -113,7 +113,7 @@ def _fewer(model: str, run: str, name: str, label: str, steps: int, shift: float
         speed,
         60 + shift - 9.5 * math.log2(speed),
         steps,
-        macs=steps / 30,
+        flops=steps / 30,
     )
 
 
@@ -127,7 +127,7 @@ def _row(
     psnr: float | None,
     steps: int,
     options: dict[str, Any] | None = None,
-    macs: float | None = None,
+    flops: float | None = None,
 ) -> dict[str, Any]:
     def quartiles(value: float, spread: float = 0.03) -> dict[str, float]:
         return {"median": value, "q1": value * (1 - spread), "q3": value * (1 + spread)}
@@ -156,7 +156,7 @@ def _row(
         "cpu_seconds": quartiles(3.8 / speed),
         "speedup": quartiles(speed, 0.0 if kind == "plain" else 0.03),
         "cpu_speedup": quartiles(speed * 0.99),
-        "macs": macs,
+        "flops": flops,
         "peak_memory": {"bytes": int(6.1e8 + 2e6 * speed), "above_load_bytes": 40_000_000, "how": "resident"},
         "fidelity": {
             "psnr": None if psnr is None else {"mean": psnr, "low": psnr - 0.6, "high": psnr + 0.6, "min": psnr - 8},
@@ -183,14 +183,14 @@ def _row(
 
 
 def _idle(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"noop": True, "macs": 1.0}
+    return row | {"noop": True, "flops": 1.0}
 
 
 def _stopped(
     model: str, run: str, kind: str, name: str, status: str, phase: str, error: str, message: str
 ) -> dict[str, Any]:
     nothing = dict.fromkeys(
-        ("seconds", "cpu_seconds", "speedup", "cpu_speedup", "macs", "peak_memory", "fidelity", "adherence", "samples")
+        ("seconds", "cpu_seconds", "speedup", "cpu_speedup", "flops", "peak_memory", "fidelity", "adherence", "samples")
     )
     row = _row(model, run, kind, name, name, 1.0, 40.0, 30)
     return row | nothing | {"status": status, "error": {"phase": phase, "type": error, "message": message}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,34 @@ def test_int8_products_count_like_float_ones(kernel: str) -> None:
     with torch.no_grad(), counting_flops([layer]) as flops:
         layer(torch.randn(20, 32))
     assert flops.count == 2 * 20 * 32 * 48
+
+
+def test_a_stand_in_whose_kernel_bypasses_the_dispatcher_counts_once() -> None:
+    class Launched(nn.Module):
+        """Like a Triton kernel: torch sees no product."""
+
+        in_features, out_features = 8, 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.numpy() @ np.ones((8, 4), np.float32))
+
+    class Wrapper(nn.Module):
+        """Like a LoRA layer: it has features, and so has the layer it wraps."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.in_features, self.out_features = nn.Linear(8, 4), 8, 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x)  # type: ignore[no-any-return]
+
+    model = nn.ModuleList([Launched(), Wrapper()])
+    outer = nn.Sequential(*model)
+    for layer in model:
+        with torch.no_grad(), counting_flops([layer, outer]) as flops:
+            layer(torch.ones(3, 8))
+        assert flops.count == 2 * 3 * 8 * 4
+    assert not any(layer._forward_hooks for layer in outer.modules())
 
 
 def test_only_the_named_modules_count_and_hooks_come_off() -> None:

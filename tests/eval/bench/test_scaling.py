@@ -169,6 +169,7 @@ def test_inputs_of_ones_own_stay_out_of_the_row() -> None:
     assert tokens["points"][0]["memory_how"].endswith("in this process")
 
 
+@pytest.mark.slow
 def test_memory_in_a_fresh_process() -> None:
     request = {"model": "tiny:wan", "call": {}, "device": "cpu", "dtype": "float32", "threads": 1, "seed": 0}
     found = fresh_memory(request | {"plan": None, "folder": None, "axis": "batch", "value": 8})

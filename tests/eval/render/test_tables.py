@@ -59,11 +59,11 @@ def test_failures_keep_their_own_words_harmless() -> None:
 
 
 def test_columns_that_nobody_measured_are_left_out() -> None:
-    bare = [dict(row) | {"adherence": None, "peak_memory": None, "macs": None} for row in bench_rows(samples=False)]
+    bare = [dict(row) | {"adherence": None, "peak_memory": None, "flops": None} for row in bench_rows(samples=False)]
     head = bench_table(cells(bare)).splitlines()[0]
     assert "caption" not in head
     assert "memory" not in head
-    assert "MACs" not in head
+    assert "FLOPs" not in head
 
 
 def test_a_part_of_the_arms_is_judged_among_all_of_them() -> None:
