@@ -148,6 +148,8 @@ class BlockSite:
     attentions: tuple[AttentionSite, ...] = ()
     feed_forward: tuple[str, ...] = ()
     """Paths (inside the denoiser) of its feed-forward modules."""
+    share: float = 1.0
+    """How much of a block it is: layers of a UNet's block stand in for a part of it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffeff.anatomy.types import AttentionSite, BlockSite, Memo, ModuleSite, Segment, Streams
 from diffeff.core.chains import AttentionTap
-from diffeff.core.method import Method, Outputs
+from diffeff.core.method import Method, Outputs, SkipSegment
 from diffeff.core.run import Run
 from diffeff.core.seams import Handler
 
@@ -61,12 +61,18 @@ def segment_handler(
             notes.entered[key] = streams
             notes.predicting[key] = not method.enter_segment(run, segment, streams)
         if not notes.predicting.get(key, False):
-            result = inner(*args, **kwargs)
-            notes.memos[shape] = io.memo(result)
-            if last:
-                method.leave_segment(run, segment, notes.entered.pop(key), io.outputs(result))
-            return result
-        run.count_skipped_block()
+            try:
+                result = inner(*args, **kwargs)
+            except SkipSegment as late:
+                if late.owner is not method or not first:
+                    raise
+                notes.predicting[key] = True
+            else:
+                notes.memos[shape] = io.memo(result)
+                if last:
+                    method.leave_segment(run, segment, notes.entered.pop(key), io.outputs(result))
+                return result
+        run.count_skipped_block(block.share)
         if not last:
             return io.skipped(streams, notes.memos.get(shape))
         return io.write(method.predict_segment(run, segment, notes.entered.pop(key)))

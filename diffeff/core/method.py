@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffeff.core.config import Config
     from diffeff.core.run import Run, StepCall
 
-__all__ = ["AttentionCall", "Claim", "Layer", "Method", "Need", "Outputs", "Undo"]
+__all__ = ["AttentionCall", "Claim", "Layer", "Method", "Need", "Outputs", "SkipSegment", "Undo"]
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 Undo = Callable[[], None]
@@ -77,6 +77,17 @@ class AttentionCall:
     k: Tensor
     v: Tensor
     options: Mapping[str, Any]
+
+
+class SkipSegment(Exception):
+    """Raised inside a segment's first block by the method that let it be computed: predict the segment after all.
+
+    For decisions that need what the block computes first, such as its modulated input.
+    """
+
+    def __init__(self, owner: Method[Any]) -> None:
+        super().__init__(owner.config.name)
+        self.owner = owner
 
 
 class Method(Generic[ConfigT]):
@@ -152,7 +163,8 @@ class Method(Generic[ConfigT]):
         return proceed(call)
 
     def enter_segment(self, run: Run, segment: Segment, streams: Streams) -> bool:
-        """At the segment's first block: True to compute it, False to predict it."""
+        """At the segment's first block: True to compute it, False to predict it. A method that only knows inside that
+        block says True, and raises `SkipSegment(self)` there when it must not be computed."""
         return True
 
     def predict_segment(self, run: Run, segment: Segment, streams: Streams) -> Streams:

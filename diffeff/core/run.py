@@ -164,7 +164,7 @@ class Run:
     _states: dict[tuple[int, str, str], Any] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Any] = field(default_factory=dict)
     _texts: dict[int, str] = field(default_factory=dict)
-    _skipped: int = 0
+    _skipped: float = 0.0
 
     def state(self, owner: object, make: Callable[[], StateT], site: str = "", branch: str | None = None) -> StateT:
         """The state of `owner` for one site and one branch (the present one unless named), made on first use."""
@@ -235,9 +235,9 @@ class Run:
             self.blocks.setdefault(branch, Counts()).computed += share * (blocks - self._skipped)
         self._skipped = 0
 
-    def count_skipped_block(self) -> None:
-        """One block of the call in progress was predicted."""
-        self._skipped += 1
+    def count_skipped_block(self, share: float = 1.0) -> None:
+        """One block of the call in progress was predicted, or a share of one."""
+        self._skipped += share
 
     def warn(self, message: str) -> None:
         """Put a warning in the report, once."""

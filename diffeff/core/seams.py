@@ -72,11 +72,12 @@ class Patch:
 
     def slot(self) -> str | None:
         """The attribute the seam sits in now (accelerate moves it); None when something covers or dropped it."""
-        return next((s for s in self._slots if self.owner.__dict__.get(s) is self.seam), None)
+        return next((s for s in self._slots if _under(self.owner.__dict__.get(s), self.seam)), None)
 
     def outdated(self) -> bool:
         """Whether the module was compiled in place after the seam went in, so that the seam is inside the graph."""
-        return self.name == "forward" and self.owner.__dict__.get(_CALLS[0]) not in (None, self.seam)
+        compiled = self.owner.__dict__.get(_CALLS[0])
+        return self.name == "forward" and compiled is not None and not _under(compiled, self.seam)
 
     def check(self) -> None:
         """Raise ForeignPatchError when the seam is not where it can be taken out."""
@@ -99,3 +100,12 @@ class Patch:
             self.owner.__dict__[slot] = own
         else:
             del self.owner.__dict__[slot]
+
+
+def _under(top: Any, seam: Seam) -> bool:
+    """Whether `seam` is `top` or lies under seams of ours alone (several methods act on one module)."""
+    while isinstance(top, Seam):
+        if top is seam:
+            return True
+        top = top.inner
+    return False

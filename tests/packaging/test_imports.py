@@ -32,8 +32,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "diffeff.core",
         "diffeff.methods",
         "diffeff.eval",
+        "diffeff.files",
         "diffeff.plan",
+        "diffeff.presets",
         "diffeff.report",
+        "diffeff.stamp",
     ),
 }
 FACES = ("diffeff.cli", "diffeff.apps")

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffeff.anatomy.types import DenoiserMap
 from diffeff.core.method import Method
-from diffeff.core.run import Run
-from diffeff.errors import ConfigError
+from diffeff.core.run import Clock, Run
+from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.policy import Action, Threshold
 from diffeff.methods.caching.predictor import time_axis
 from diffeff.methods.caching.recipe import CacheConfig, Recipe
@@ -45,6 +46,10 @@ class CacheMethod(Method[CacheConfig]):
         super().__init__(config)
         self.recipe = recipe
 
+    def bind(self, denoisers: tuple[DenoiserMap, ...]) -> None:
+        if self.recipe.missing:
+            raise MethodInapplicable(f"{self.config.name}: {self.recipe.missing}")
+
     def begin(self, run: Run) -> None:
         recipe, length = self.recipe, run.clock.length
         if length <= recipe.first + recipe.last and not recipe.exact:
@@ -61,18 +66,20 @@ class CacheMethod(Method[CacheConfig]):
         if group not in ledger.tracks:
             recipe = self.recipe
             indicator = None if recipe.indicator is None else recipe.indicator()
-            ledger.tracks[group] = Track(recipe.rules, recipe.predictor, indicator)
+            ledger.tracks[group] = Track(recipe.rules, recipe.predictor, indicator, recipe.feedback)
         return ledger.tracks[group]
 
     def _moment(self, run: Run) -> Moment:
         clock = run.clock
-        axis = run.state(self, lambda: time_axis(clock), site="time axis", branch="")
-        return Moment(clock.index, axis[clock.index], clock.done, clock.left)
+        axis, sigmas = run.state(self, lambda: (time_axis(clock), _noise_levels(clock)), site="time axis", branch="")
+        following = axis[clock.index + 1] if clock.left else 0.0
+        return Moment(clock.index, axis[clock.index], clock.done, clock.left, sigmas, following)
 
     def _to_compute(self, ledger: Ledger, parts: list[Part], at: Moment, look: Callable[[Part], Tensor]) -> list[Part]:
         """The parts of a call that must be computed. `look` gives what the indicator sees of a part."""
         for part in sorted(parts, key=lambda p: p.branch != "cond"):  # the conditional branch leads where it is there
-            self._track(ledger, part.group).decide(at, part.branch, look(part), ledger.statistics)
+            track = self._track(ledger, part.group)
+            track.decide(at, part.branch, lambda part=part: look(part), ledger.statistics)  # type: ignore[misc]
         return [p for p in parts if self._must_compute(ledger.tracks[p.group], p)]
 
     @staticmethod
@@ -84,6 +91,10 @@ class CacheMethod(Method[CacheConfig]):
         for branch in dict.fromkeys(p.branch for p in parts):
             asked = sum(p.branch == branch for p in parts)
             statistics.count(branch, at.index, sum(p.branch == branch for p in todo) / asked)
+
+    def _shown(self, run: Run, x: Tensor) -> Tensor:
+        """What the indicator sees of what the site shows it."""
+        return x if self.recipe.view is None else self.recipe.view(run, x)
 
     # --- report -------------------------------------------------------------------------------------------------
     def _ledgers(self, run: Run) -> dict[str, Ledger]:
@@ -114,6 +125,10 @@ class CacheMethod(Method[CacheConfig]):
     def details(self, run: Run) -> Mapping[str, Any]:
         found = {name: ledger.statistics.to_dict() for name, ledger in self._ledgers(run).items()}
         return {**found, "decided": "rows apart" if self.recipe.per_row else "batch together"} if found else {}
+
+
+def _noise_levels(clock: Clock) -> tuple[float, ...]:
+    return () if clock.sigmas is None else tuple(clock.sigmas[: clock.total].tolist())
 
 
 def join(pieces: list[Tensor | None]) -> Tensor | None:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from diffeff.anatomy.types import DenoiserMap, ModuleKind, ModuleSite
 from diffeff.core.method import Claim, Layer, Outputs
-from diffeff.core.run import Run
+from diffeff.core.run import Clock, Run
 from diffeff.errors import MethodInapplicable
-from diffeff.methods.caching.cache import CacheMethod, join
+from diffeff.methods.caching.cache import CacheMethod, Ledger, join
+from diffeff.methods.caching.policy import Policy
+from diffeff.methods.caching.predictor import Predictor
 from diffeff.methods.caching.recipe import CacheConfig, Recipe
 from diffeff.methods.caching.segment_cache import present_parts
+from diffeff.methods.caching.track import Track
 
-__all__ = ["ModuleCache", "Modules"]
+__all__ = ["ATTENTIONS", "MODULES", "ModuleCache", "Modules"]
+
+ATTENTIONS: tuple[ModuleKind, ...] = ("self", "cross", "joint", "temporal")
+MODULES: tuple[ModuleKind, ...] = (*ATTENTIONS, "feed_forward")
 
 
 @dataclass(frozen=True)
 class Modules:
     """The modules of these kinds, in blocks `first_block` to `last_block` (None: to the end). Their outputs stand
-    before the gate and the residual sum, so that both follow the present step."""
+    before the gate and the residual sum, so that both follow the present step.
+
+    `rule` gives modules policies of their own, by site and timestep list, in place of the recipe's; `predictor` makes
+    one that follows the run's length in place of the recipe's. Both are asked once per run and module.
+    """
 
     kinds: tuple[ModuleKind, ...]
     first_block: int = 0
     last_block: int | None = None
+    rule: Callable[[ModuleSite, Clock], Policy] | None = None
+    predictor: Callable[[Clock], Predictor] | None = None
 
     def build(self, config: CacheConfig, recipe: Recipe) -> ModuleCache:
         return ModuleCache(config, recipe, self)
@@ -35,6 +47,13 @@ class Modules:
         """Whether the site is one of them."""
         stop = float("inf") if self.last_block is None else self.last_block
         return site.kind in self.kinds and self.first_block <= site.block <= stop
+
+
+@dataclass
+class ModuleLedger(Ledger):
+    """What is remembered of one module."""
+
+    kind: str = ""
 
 
 class ModuleCache(CacheMethod):
@@ -49,6 +68,7 @@ class ModuleCache(CacheMethod):
         self.site = site
 
     def bind(self, denoisers: tuple[DenoiserMap, ...]) -> None:
+        super().bind(denoisers)
         for denoiser in denoisers:
             if not self.module_sites(denoiser):
                 there = ", ".join(sorted({m.kind for m in denoiser.modules})) or "none that are known"
@@ -72,9 +92,13 @@ class ModuleCache(CacheMethod):
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
         if run.call is None:
             raise RuntimeError(f"{self.config.name}: a module was reached outside a denoiser call")
-        ledger, at = self._ledger(run, f"{run.call.denoiser.name}.{site.name}"), self._moment(run)
-        parts, rows = present_parts(run)
-        todo = self._to_compute(ledger, parts, at, lambda part: part.of(hidden, rows))
+        name = f"{run.call.denoiser.name}.{site.name}"
+        ledger = run.state(self, lambda: ModuleLedger(kind=site.kind), site=name, branch="")
+        at, (parts, rows) = self._moment(run), present_parts(run)
+        for part in parts:
+            if part.group not in ledger.tracks:
+                ledger.tracks[part.group] = self._new_track(run, site)
+        todo = self._to_compute(ledger, parts, at, lambda part: self._shown(run, part.of(hidden, rows)))
         self._count(ledger.statistics, parts, parts if todo else [], at)
         if not todo:
             pieces = [ledger.tracks[p.group].predict(p.branch, at) for p in parts]
@@ -86,14 +110,30 @@ class ModuleCache(CacheMethod):
         ledger.weigh()
         return outputs
 
+    def _new_track(self, run: Run, site: ModuleSite) -> Track:
+        """The memory of one module."""
+        recipe, choice = self.recipe, self.site
+        rules = recipe.rules
+        if choice.rule is not None:
+            rules = replace(recipe, policy=choice.rule(site, run.clock)).rules
+        predictor = recipe.predictor if choice.predictor is None else choice.predictor(run.clock)
+        indicator = None if recipe.indicator is None else recipe.indicator()
+        return Track(rules, predictor, indicator, recipe.feedback)
+
     def details(self, run: Run) -> Mapping[str, Any]:
-        found = [ledger.statistics for ledger in self._ledgers(run).values()]
+        ledgers = [ledger for ledger in self._ledgers(run).values() if isinstance(ledger, ModuleLedger)]
+        found = [ledger.statistics for ledger in ledgers]
         if not found:
             return {}
+        kinds = dict.fromkeys(ledger.kind for ledger in ledgers)
         return {
             "modules": len(found),
             "computed": sum(sum(s.computed.values()) for s in found),
             "total": sum(sum(s.total.values()) for s in found),
             "skipped_steps": sorted({index for s in found for index in s.skipped}),
+            "skipped_by_kind": {
+                kind: sorted({i for own in ledgers if own.kind == kind for i in own.statistics.skipped})
+                for kind in kinds
+            },
             "bytes_held": sum(s.peak_bytes for s in found),
         }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,29 +18,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffeff.core.run import Clock
+from diffeff.methods.caching.curve import Curve
+
+if TYPE_CHECKING:
+    from diffeff.methods.caching.track import Moment, Snapshot
 
 __all__ = [
     "PREDICTORS",
     "Axis",
+    "Blend",
     "Chebyshev",
     "Damped",
     "Hermite",
+    "Informed",
     "Polynomial",
     "Predictor",
+    "Scaled",
     "Taylor",
     "combine",
     "time_axis",
 ]
 
 Vector = NDArray[np.float64]
-Axis = Literal["time", "index"]
+Axis = Literal["time", "index", "sigma"]
 
 
 class Predictor(Protocol):
     """Coefficients of up to `snapshots` remembered tensors.
 
     `axis` says what it counts in: `time` is the run's own time (see `time_axis`), `index` the entries of the timestep
-    list, for formulas that are published in steps and are not invariant to scale.
+    list, for formulas that are published in steps and are not invariant to scale, `sigma` the scheduler's own noise
+    level, for calibrated tables.
     """
 
     axis: ClassVar[Axis]
@@ -52,6 +60,20 @@ class Predictor(Protocol):
 
     def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
         """One weight per snapshot, for a prediction at `t` from snapshots at `times` (oldest first, all distinct)."""
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A predictor whose weights follow more than times: what was measured at the snapshots and is at this step."""
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots it can use."""
+        ...
+
+    def weigh(self, history: Sequence[Snapshot], at: Moment, aux: Tensor | None) -> tuple[float, ...]:
+        """One weight per snapshot (oldest first) for the step `at`, whose own probe is `aux`."""
         ...
 
 
@@ -145,8 +167,9 @@ class Hermite:
 class Chebyshev:
     """A ridge fit of Chebyshev polynomials up to `order` over the last `window` snapshots (Spectrum, arXiv 2603.01623).
 
-    The published form also shrinks the constant term, so that it predicts 0.83 to 0.90 of a constant; here the
-    constant is free, and constants are exact. Times from the oldest snapshot to the prediction are mapped to [-1, 1].
+    The published form also shrinks the constant term, so that it predicts 0.83 to 0.90 of a constant; here the moves
+    from the newest snapshot are fitted: constants are exact, and the more ridge, the closer to holding. Times from the
+    oldest snapshot to the prediction are mapped to [-1, 1].
     """
 
     axis: ClassVar[Axis] = "time"
@@ -163,12 +186,49 @@ class Chebyshev:
             return (1.0,)
         at = 2 * (np.array([*times, t]) - times[0]) / (t - times[0]) - 1
         order = min(self.order, len(times) - 1)
-        basis = chebyshev.chebvander(at, order)[:, 1:]  # the constant is eliminated: deviations from means are fitted
-        known, asked = basis[:-1], basis[-1]
-        centred, asked = known - known.mean(axis=0), asked - known.mean(axis=0)
-        gram = centred.T @ centred + self.ridge * np.eye(order)
-        weights = asked @ np.linalg.solve(gram, centred.T)
-        return tuple((weights + (1 - weights.sum()) / len(times)).tolist())
+        basis = chebyshev.chebvander(at, order)[:, 1:]
+        known, asked = basis[:-1] - basis[-2], basis[-1] - basis[-2]  # moves from the newest snapshot are fitted
+        gram = known.T @ known + self.ridge * np.eye(order)
+        weights = asked @ np.linalg.solve(gram, known.T)
+        weights[-1] += 1 - weights.sum()
+        return tuple(weights.tolist())
+
+
+@dataclass(frozen=True)
+class Blend:
+    """`share` of one predictor and the rest of another, on the same axis."""
+
+    axis: ClassVar[Axis] = "time"
+    first: Polynomial | Chebyshev
+    second: Polynomial | Chebyshev
+    share: float
+
+    @property
+    def snapshots(self) -> int:
+        return max(self.first.snapshots, self.second.snapshots)
+
+    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
+        weights = [
+            np.pad(p.coefficients(times[-p.snapshots :], t), (max(len(times) - p.snapshots, 0), 0))
+            for p in (self.first, self.second)
+        ]
+        return tuple((self.share * weights[0] + (1 - self.share) * weights[1]).tolist())
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The last snapshot, grown or shrunk as the size of such tensors does by a calibrated curve over sigma."""
+
+    axis: ClassVar[Axis] = "sigma"
+    curve: Curve
+
+    @property
+    def snapshots(self) -> int:
+        return 1
+
+    def coefficients(self, times: Sequence[float], t: float) -> tuple[float, ...]:
+        then, now = self.curve(times[-1]), self.curve(t)
+        return (*(0.0 for _ in times[1:]), now / then if then else 1.0)
 
 
 def _differences(times: Sequence[float], order: int) -> list[Vector]:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from diffeff.core.config import Config
 from diffeff.core.method import Method
+from diffeff.core.run import Run
 from diffeff.methods.caching.indicator import Indicator
-from diffeff.methods.caching.policy import Cap, FirstOf, Policy, Window
-from diffeff.methods.caching.predictor import Polynomial, Predictor
+from diffeff.methods.caching.policy import Cap, FirstOf, Opening, Policy, Window
+from diffeff.methods.caching.predictor import Informed, Polynomial, Predictor
 
 __all__ = ["CacheConfig", "Recipe", "Site"]
 
@@ -26,26 +29,36 @@ class Site(Protocol):
 class Recipe:
     """All that tells one published cache from another.
 
-    `policy` decides between the `first` and `last` steps, which are always computed, and never lets more than `cap`
-    steps in a row be predicted. `indicator` makes a fresh indicator per run and group of rows. `exact` says that these
-    options never skip anything, so that a run too short for them is no mistake.
+    `policy` decides between the `first` (and the share `warmup` of the run) and the `last` steps, which are always
+    computed, and never lets more than `cap` steps in a row be predicted. `indicator` makes a fresh indicator per run
+    and group of rows; it sees what `view` makes of what the site shows it. `feedback` lets predictions join the history
+    that is predicted from. `exact` says that these options never skip anything, so that a run too short for them is no
+    mistake. `missing` says which calibrated data these options lack and how to make them: binding is refused with it.
     """
 
     site: Site
     policy: Policy
-    predictor: Predictor = field(default_factory=lambda: Polynomial(0))
+    predictor: Predictor | Informed = field(default_factory=lambda: Polynomial(0))
     indicator: Callable[[], Indicator] | None = None
+    view: Callable[[Run, Tensor], Tensor] | None = None
     first: int = 0
+    warmup: float = 0.0
     last: int = 0
     cap: int | None = None
     exact: bool = False
     per_row: bool = False
+    feedback: bool = False
+    missing: str = ""
 
     @property
     def rules(self) -> Policy:
         """The policy inside its guards."""
-        cap = () if self.cap is None else (Cap(self.cap),)
-        return FirstOf((Window(self.first, self.last), *cap, self.policy))
+        guards: list[Policy] = [Window(self.first, self.last)]
+        if self.warmup:
+            guards.append(Opening(self.warmup))
+        if self.cap is not None:
+            guards.append(Cap(self.cap))
+        return FirstOf((*guards, self.policy))
 
 
 @dataclass(frozen=True, kw_only=True)

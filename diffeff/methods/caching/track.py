@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffeff.core.run import Run, StepCall
 from diffeff.methods.caching.indicator import Indicator
 from diffeff.methods.caching.policy import Action, Policy, Situation
-from diffeff.methods.caching.predictor import Axis, Predictor, combine
+from diffeff.methods.caching.predictor import Axis, Informed, Predictor, combine
 
 __all__ = ["Moment", "Part", "Snapshot", "Statistics", "Track", "parts_of"]
 
@@ -28,10 +28,19 @@ class Moment:
     time: float
     done: int
     left: int
+    sigmas: tuple[float, ...] = ()
+    """Noise levels of the scheduler's whole list; empty where it has none."""
+    next_time: float = float("nan")
+    """Time of the next entry: where the scheduler takes the latents to."""
+
+    @property
+    def sigma(self) -> float:
+        """The step's noise level; nan where the scheduler has none."""
+        return self.sigmas[self.index] if self.sigmas else float("nan")
 
     def on(self, axis: Axis) -> float:
         """The step's place on a predictor's axis."""
-        return self.time if axis == "time" else float(self.index)
+        return {"time": self.time, "index": float(self.index), "sigma": self.sigma}[axis]
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class Snapshot:
 
     moment: Moment
     tensors: Tensors
+    aux: Tensor | None = None
+    """What else was measured at that step, cheap enough to be measured at every step (a probe)."""
 
 
 @dataclass
@@ -113,29 +124,41 @@ class Track:
     """
 
     policy: Policy
-    predictor: Predictor
+    predictor: Predictor | Informed
     indicator: Indicator | None = None
+    feedback: bool = False
+    """Whether predictions join the history."""
     histories: dict[str, deque[Snapshot]] = field(default_factory=dict)
     last: int | None = None
     """Entry of the last step that was decided to be computed, and was."""
     decided: int | None = None
     leader: str = ""
     action: Action = Action.COMPUTE
+    computed: int = 0
+    """Steps that were decided to be computed, and were."""
+    left_at_first: int | None = None
+    """Entries left at the first predicted step."""
+    aux: dict[str, Tensor] = field(default_factory=dict)
+    """The present step's probe, by branch."""
+    _seen: Tensor | None = None
 
-    def decide(self, at: Moment, branch: str, x: Tensor, statistics: Statistics) -> Action:
-        """The step's decision, made once per step. `x` is what the indicator looks at."""
+    def decide(self, at: Moment, branch: str, look: Callable[[], Tensor], statistics: Statistics) -> Action:
+        """The step's decision, made once per step. `look` gives what the indicator looks at."""
         if self.decided == at.index:
             return self.action
-        change = None if self.indicator is None else self.indicator.change(x)
+        self._seen = None if self.indicator is None else look()
+        change = None if self.indicator is None or self._seen is None else self.indicator.change(self._seen)
         self.decided, self.leader = at.index, branch
-        self.action = Action.COMPUTE
-        if self.last is None:
-            return self.action
-        situation = Situation(at.done, at.left, max(at.index - self.last, 1), change)
-        self.action = self.policy.decide(situation)
-        if change is not None:
+        self.action = Action.COMPUTE if self.last is None else self.policy.decide(self._situation(at, change))
+        if self.last is not None and change is not None:
             statistics.changes.append(change)
+        if self.action is Action.PREDICT and self.left_at_first is None:
+            self.left_at_first = at.left
         return self.action
+
+    def _situation(self, at: Moment, change: float | None) -> Situation:
+        since = 1 if self.last is None else max(at.index - self.last, 1)
+        return Situation(at.done, at.left, since, change, at.index, at.sigmas, self.computed, self.left_at_first)
 
     def ready(self, branch: str) -> bool:
         """Whether the branch can be predicted from the last computed step or later."""
@@ -145,26 +168,38 @@ class Track:
     def predict(self, branch: str, at: Moment) -> Tensors:
         """The branch's tensors at `at`, new ones."""
         history = self.histories[branch]
-        axis = self.predictor.axis
-        weights = self.predictor.coefficients([s.moment.on(axis) for s in history], at.on(axis))
+        weights = self._weights(list(history), at, self.aux.get(branch))
         streams = zip(*(s.tensors for s in history), strict=True)
-        return tuple(_combine(stream, weights) for stream in streams)
+        found = tuple(_combine(stream, weights) for stream in streams)
+        if self.feedback:
+            history.append(Snapshot(at, found))
+        return found
 
-    def store(self, branch: str, at: Moment, x: Tensor, tensors: Tensors) -> None:
-        """The branch was computed: input `x` of the indicator, and what came out."""
+    def _weights(self, history: list[Snapshot], at: Moment, aux: Tensor | None) -> tuple[float, ...]:
+        if isinstance(self.predictor, Informed):
+            return self.predictor.weigh(history, at, aux)
+        axis = self.predictor.axis
+        return self.predictor.coefficients([s.moment.on(axis) for s in history], at.on(axis))
+
+    def store(self, branch: str, at: Moment, x: Tensor, tensors: Tensors, output: Tensor | None = None) -> None:
+        """The branch was computed: input `x` of the site, and what came out. `output` is what the indicator is told
+        came out, where that is not the first of `tensors`."""
         history = self.histories.setdefault(branch, deque(maxlen=self.predictor.snapshots))
         if history and history[-1].moment.index >= at.index:  # the same step again: the later result counts
             history.pop()
-        history.append(Snapshot(at, tensors))
+        history.append(Snapshot(at, tensors, self.aux.get(branch)))
         if branch != self.leader or self.action is not Action.COMPUTE:
             return
+        self.computed += self.last != at.index
         self.last = at.index
         if self.indicator is not None:
-            self.indicator.computed(x, tensors[0])
+            self.indicator.computed(x if self._seen is None else self._seen, tensors[0] if output is None else output)
+        self._seen = None
 
     def bytes_held(self) -> int:
         """Bytes of all snapshots and of what the indicator holds."""
-        held = [t for h in self.histories.values() for s in h for t in s.tensors if t is not None]
+        held = [t for h in self.histories.values() for s in h for t in (*s.tensors, s.aux) if t is not None]
+        held += self.aux.values()
         held += [t for t in vars(self.indicator).values() if isinstance(t, Tensor)] if self.indicator else []
         return sum({id(t): t.numel() * t.element_size() for t in held}.values())
 

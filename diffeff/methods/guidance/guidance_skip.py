@@ -15,7 +15,7 @@ from diffeff.core.method import Claim, Layer, Method
 from diffeff.core.run import Clock, Run, StepCall
 from diffeff.errors import ConfigError
 
-__all__ = ["GuidanceSkip", "estimate", "similarity"]
+__all__ = ["GuidanceLedger", "GuidanceSkip", "GuidanceSkipMethod", "estimate", "scale_bands", "similarity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,9 @@ class GuidanceSkip(Config):
     is dropped for all later steps but the protected last ones (Adaptive Guidance, arXiv 2312.12487).
 
     `reuse` fills in where the branch is left out: `"delta"` is eps_c + scale * (eps_u - eps_c) of the last step that
-    had both, `"hold"` the last eps_u, `"none"` eps_c itself (guidance off). `"auto"` is delta for intervals, else none.
+    had both, `"bands"` the same with factors `scale` for the coarse and `fine_scale` for the fine half of that
+    difference (two Fourier bands of each frame, as FasterCache cuts them), `"hold"` the last eps_u, `"none"` eps_c
+    itself (guidance off). `"auto"` is delta for intervals, else none.
 
     Holds one latent per denoiser. Works for one call per branch (conditional first) and for batched guidance, where
     only the conditional rows are computed. Two experts share nothing. Without an unconditional branch (guidance off or
@@ -49,8 +51,11 @@ class GuidanceSkip(Config):
     threshold: float = knob(
         0.991, "drop it above this cosine (policy=adaptive); above 1 is exact", low=-1.0, high=1.01, step=0.001
     )
-    reuse: Literal["auto", "delta", "hold", "none"] = knob("auto", "what stands in for it")
-    scale: float = knob(1.0, "factor on a reused delta", low=0.0, high=2.0, step=0.05)
+    reuse: Literal["auto", "delta", "bands", "hold", "none"] = knob("auto", "what stands in for it")
+    scale: float = knob(1.0, "factor on a reused delta (reuse=bands: on its coarse part)", low=0.0, high=2.0, step=0.05)
+    fine_scale: float = knob(
+        1.0, "factor on the fine part of a reused delta (reuse=bands)", low=0.0, high=2.0, step=0.05
+    )
     first: int = knob(3, "first steps that always compute it (interval, adaptive)", low=0, step=1)
     last: int = knob(1, "last steps that always compute it (interval, adaptive)", low=0, step=1)
 
@@ -86,8 +91,22 @@ def estimate(cond: Tensor, memory: Tensor | None, filling: str, scale: float = 1
     return (cond.float() + scale * memory.float()).to(cond.dtype)
 
 
+def scale_bands(x: Tensor, coarse: float, fine: float) -> Tensor:
+    """`x` in float32 with its coarse Fourier band times `coarse` and the rest times `fine`; the last two dimensions are
+    height and width. The coarse band is a disc of a fifth of the shorter side, as in FasterCache (arXiv 2410.19355).
+    """
+    if coarse == fine:
+        return x.float() * coarse
+    height, width = x.shape[-2:]
+    rows, columns = torch.fft.fftfreq(height, 1 / height), torch.fft.fftfreq(width, 1 / width)
+    inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= (min(height, width) // 5) ** 2
+    factors = torch.where(inside, coarse, fine).to(x.device)
+    scaled: Tensor = torch.fft.ifft2(torch.fft.fft2(x.float()) * factors).real
+    return scaled
+
+
 @dataclass
-class _Ledger:
+class GuidanceLedger:
     """What is remembered of one denoiser: the present step's conditional prediction, and the last pair."""
 
     cond: tuple[int, Tensor] | None = None
@@ -118,7 +137,8 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
         return f"guidance of {denoiser.name}: {denoiser.cfg.value}"
 
     def around_step(self, run: Run, call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
-        ledger = run.state(self, _Ledger, site=call.denoiser.name, branch="")
+        ledger = run.state(self, GuidanceLedger, site=call.denoiser.name, branch="")
+        self._refuse_tokens(call)
         rows = run.guidance_rows(call) if call.branch == "both" else None
         if rows is not None:
             return self._batched(run.clock, ledger, call, rows, proceed)
@@ -128,7 +148,17 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
             return prediction
         return self._separate(run.clock, ledger, call, proceed) if call.branch == "uncond" else proceed(call)
 
-    def _separate(self, clock: Clock, ledger: _Ledger, call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
+    def _refuse_tokens(self, call: StepCall) -> None:
+        config = self.config
+        if config.filling == "bands" and config.scale != config.fine_scale and call.sample.ndim < 4:
+            raise ConfigError(
+                f"{config.name}: {call.denoiser.name} takes latents as a list of tokens, which has no Fourier bands. "
+                "Use reuse='delta', or the same factor for both bands."
+            )
+
+    def _separate(
+        self, clock: Clock, ledger: GuidanceLedger, call: StepCall, proceed: Callable[[StepCall], Tensor]
+    ) -> Tensor:
         """The unconditional call of a step; the conditional one has come before it."""
         ledger.asked += 1
         cond = ledger.cond[1] if ledger.cond is not None and ledger.cond[0] == clock.index else None
@@ -144,7 +174,7 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
     def _batched(
         self,
         clock: Clock,
-        ledger: _Ledger,
+        ledger: GuidanceLedger,
         call: StepCall,
         rows: tuple[Tensor, Tensor],
         proceed: Callable[[StepCall], Tensor],
@@ -161,7 +191,7 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
         return torch.cat(halves if int(rows[0][0]) == 0 else halves[::-1])
 
     # --- decisions ----------------------------------------------------------------------------------------------
-    def _computes(self, clock: Clock, ledger: _Ledger) -> bool:
+    def _computes(self, clock: Clock, ledger: GuidanceLedger) -> bool:
         """Whether the unconditional branch is computed at this step."""
         config = self.config
         if ledger.memory is None and config.filling != "none":
@@ -175,10 +205,10 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
             return ledger.dropped is None
         return ledger.paired is None or clock.index - ledger.paired >= config.interval
 
-    def _remember(self, clock: Clock, ledger: _Ledger, cond: Tensor, uncond: Tensor) -> None:
+    def _remember(self, clock: Clock, ledger: GuidanceLedger, cond: Tensor, uncond: Tensor) -> None:
         """Both branches were computed."""
         config, ledger.paired = self.config, clock.index
-        if config.filling == "delta":
+        if config.filling in ("delta", "bands"):
             ledger.memory = (uncond.float() - cond.float()).to(cond.dtype)
         elif config.filling == "hold":
             ledger.memory = uncond.detach().clone()
@@ -187,12 +217,18 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
             if cosine > config.threshold and clock.done + 1 >= config.first:
                 ledger.dropped = clock.index
 
-    def _fill(self, clock: Clock, ledger: _Ledger, cond: Tensor) -> Tensor:
+    def _fill(self, clock: Clock, ledger: GuidanceLedger, cond: Tensor) -> Tensor:
         ledger.skipped.append(clock.index)
+        if self.config.filling == "bands" and ledger.memory is not None:
+            return (cond.float() + scale_bands(ledger.memory, *self._factors(clock, ledger.memory))).to(cond.dtype)
         return estimate(cond, ledger.memory, self.config.filling, self.config.scale)
 
+    def _factors(self, clock: Clock, memory: Tensor) -> tuple[float, float]:
+        """Factors on the coarse and the fine part of the reused difference at this step."""
+        return self.config.scale, self.config.fine_scale
+
     # --- report -------------------------------------------------------------------------------------------------
-    def _ledgers(self, run: Run) -> dict[str, _Ledger]:
+    def _ledgers(self, run: Run) -> dict[str, GuidanceLedger]:
         return {site: ledger for (_, site), ledger in run.states(self).items()}
 
     def engaged(self, run: Run) -> tuple[bool, str]:

@@ -80,12 +80,12 @@ def test_hermite_halves_the_slope_at_its_default_scale() -> None:
     assert predict(Hermite(2, 0.5), STEPS, y, 14.0) == pytest.approx(4 + k * d1 / 2 + (k * k - 2) * d2 / 8)
 
 
-def test_chebyshev_is_a_ridge_fit_with_a_free_constant() -> None:
+def test_chebyshev_is_a_ridge_fit_of_moves_from_the_newest() -> None:
     free = Chebyshev(order=1, ridge=0.0, window=4)
     line = 5 - 3 * np.array(TIMES)
     assert predict(free, TIMES, line, 0.4) == pytest.approx(5 - 3 * 0.4)
     stiff = Chebyshev(order=1, ridge=1e9, window=4)
-    assert predict(stiff, TIMES, line, 0.4) == pytest.approx(line.mean())
+    assert predict(stiff, TIMES, line, 0.4) == pytest.approx(line[-1])
 
 
 def test_damped_lies_between_hold_and_its_inner_predictor() -> None:
