@@ -9,7 +9,7 @@ from diffeff.core.config import knob
 from diffeff.errors import ConfigError
 from diffeff.methods.caching.indicator import InputChange, TransformRate
 from diffeff.methods.caching.policy import Interval, Policy, Threshold
-from diffeff.methods.caching.predictor import PREDICTORS
+from diffeff.methods.caching.predictor import PREDICTORS, over
 from diffeff.methods.caching.recipe import CacheConfig, Recipe, Site
 from diffeff.methods.caching.segment_cache import SegmentSite
 from diffeff.methods.caching.step_cache import StepSite
@@ -35,10 +35,11 @@ class FeatureCache(CacheConfig):
     reads a few numbers back from the device per step. The report gives the observed values, to choose a threshold by.
 
     `predictor="hold"` repeats the last computed prediction (step), residual or output (segment). `"linear"`,
-    `"quadratic"` and `"cubic"` extrapolate the last two, three or four over sigma (over the timestep or the index where
-    sigmas repeat) and hold as many in memory; `"damped"` goes half of linear's way. `"taylor"` (TaylorSeer, order 2),
-    `"hermite"` (HiCache) and `"chebyshev"` (Spectrum, with constants kept exact) are the published forms. Sums are
-    taken in float32.
+    `"quadratic"` and `"cubic"` extrapolate the last two, three or four and hold as many in memory; `"damped"` goes half
+    of linear's way. They are drawn over sigma (over the timestep or the index where sigmas repeat), or with
+    `axis="index"` over the step's number, which suits long intervals and models that predict noise. `"taylor"`
+    (TaylorSeer, order 2), `"hermite"` (HiCache) and `"chebyshev"` (Spectrum, with constants kept exact) are the
+    published forms. Sums are taken in float32.
 
     All guidance branches of a step follow one decision, each with its own history; so do all batch rows, unless
     `per_row`. Two experts (Wan 2.2) share nothing. `interval=1` is bit-exact. Useful from about 10 steps up; `begin`
@@ -60,6 +61,7 @@ class FeatureCache(CacheConfig):
     predictor: Literal["hold", "linear", "quadratic", "cubic", "damped", "taylor", "hermite", "chebyshev"] = knob(
         "linear", "repeat the last computed step, or extrapolate the last ones"
     )
+    axis: Literal["time", "index"] = knob("time", "what hold to damped are drawn over: sigma, or the step's number")
     first: int = knob(3, "first steps that are always computed", low=0, step=1)
     last: int = knob(1, "last steps that are always computed", low=0, step=1)
     max_skips: int | None = knob(
@@ -86,7 +88,7 @@ class FeatureCache(CacheConfig):
         return Recipe(
             site=site,
             policy=policy,
-            predictor=PREDICTORS[self.predictor],
+            predictor=over(PREDICTORS[self.predictor], self.axis),
             indicator=None if by_interval else TransformRate if whole else InputChange,
             first=self.first,
             last=self.last,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -36,6 +36,7 @@ __all__ = [
     "Scaled",
     "Taylor",
     "combine",
+    "over",
     "time_axis",
 ]
 
@@ -51,7 +52,10 @@ class Predictor(Protocol):
     level, for calibrated tables.
     """
 
-    axis: ClassVar[Axis]
+    @property
+    def axis(self) -> Axis:
+        """What it counts in."""
+        ...
 
     @property
     def snapshots(self) -> int:
@@ -83,11 +87,12 @@ class Polynomial:
 
     Order 0 repeats the last snapshot, order 1 extrapolates a line (at the step site: Adams-Bashforth with the missing
     evaluation extrapolated). The higher the order, the more it amplifies what is not smooth. With fewer snapshots than
-    it needs, the order is lower.
+    it needs, the order is lower. Noise-prediction models are smoother over the index than over their sigma, which falls
+    by half its range in the first few steps.
     """
 
-    axis: ClassVar[Axis] = "time"
     order: int
+    axis: Axis = "time"
 
     @property
     def snapshots(self) -> int:
@@ -103,9 +108,12 @@ class Polynomial:
 class Damped:
     """A predictor drawn towards the last snapshot: `strength` 1 is the predictor itself, 0 holds."""
 
-    axis: ClassVar[Axis] = "time"
     inner: Polynomial
     strength: float
+
+    @property
+    def axis(self) -> Axis:
+        return self.inner.axis
 
     @property
     def snapshots(self) -> int:
@@ -256,6 +264,13 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
     }
 )
 """The predictors by the names users give."""
+
+
+def over(predictor: Predictor, axis: Axis) -> Predictor:
+    """A polynomial predictor drawn over another axis; the published forms keep the one they are defined on."""
+    if isinstance(predictor, Damped):
+        return replace(predictor, inner=replace(predictor.inner, axis=axis))
+    return replace(predictor, axis=axis) if isinstance(predictor, Polynomial) else predictor
 
 
 def combine(snapshots: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

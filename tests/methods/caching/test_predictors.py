@@ -95,7 +95,14 @@ def test_damped_lies_between_hold_and_its_inner_predictor() -> None:
 
 @pytest.mark.parametrize("name", sorted(PREDICTORS))
 def test_every_name_of_the_option_is_its_predictor(name: str) -> None:
-    assert FeatureCache(predictor=name).recipe().predictor is PREDICTORS[name]
+    assert FeatureCache(predictor=name).recipe().predictor == PREDICTORS[name]
+
+
+def test_axis_moves_polynomials_and_leaves_published_forms() -> None:
+    assert FeatureCache(predictor="quadratic", axis="index").recipe().predictor == Polynomial(2, "index")
+    assert FeatureCache(predictor="damped", axis="index").recipe().predictor.axis == "index"
+    assert FeatureCache(predictor="taylor", axis="time").recipe().predictor.axis == "index"
+    assert FeatureCache(predictor="chebyshev", axis="index").recipe().predictor.axis == "time"
 
 
 def test_the_option_lists_every_predictor() -> None:
