@@ -6,11 +6,11 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,6 +25,9 @@ from diffeff.memory import peak_memory
 from diffeff.plan import Plan, check_methods
 from diffeff.report import Report
 from diffeff.stamp import stamp_of
+
+if TYPE_CHECKING:
+    from diffeff.search.points import Tuned
 
 __all__ = ["DiffEffPipeline"]
 
@@ -140,6 +143,15 @@ class DiffEffPipeline:
                 self._attach(before)
             raise
         return self
+
+    def tune(self, prompts: Sequence[Any], **options: Any) -> Tuned:
+        """Find the fastest plan that keeps `min_psnr` dB to the plain run (or the most faithful one at `min_speedup`).
+
+        `apply` the result's `plan`, and call with its `steps`. Options, cost and errors: `diffeff.search.tuner.tune`.
+        """
+        from diffeff.search.tuner import tune
+
+        return tune(self, prompts, **options)
 
     def remove(self) -> Self:
         """Take the plan off: bit-identical to never having applied it. Calling it twice is harmless."""

@@ -108,10 +108,21 @@ def fit(
         raise ConfigError("the recorded run has no final latents")
     fitting = _Fitting(pipe, job, plain.final, config)
     for number in range(rounds):
-        better = fitting.improve(lambda done, n=number: observe((n + done) / rounds, f"round {n + 1}"))
-        if not better:
+        if not fitting.improve(_Part(observe, number, rounds)):
             break
     return Fit(fitting.config, tuple(fitting.errors), fitting.memory.calls)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Progress of one round, as progress of the whole."""
+
+    observe: Callable[[float, str], None]
+    number: int
+    rounds: int
+
+    def __call__(self, done: float) -> None:
+        self.observe((self.number + done) / self.rounds, f"round {self.number + 1}")
 
 
 def _refuse_scheduler(scheduler: Any) -> None:
@@ -185,7 +196,7 @@ class _Value:
 
 def _values(config: FittedSolver) -> list[_Value]:
     """All numbers that are fitted: weights, differences' weights, and every timestep but the first."""
-    found = []
+    found: list[_Value] = []
     for k in range(config.calls):
         found += [_Value("updates", len(found) + i, k + 1, _WEIGHT_STEP) for i in range(k + 2)]
     place = 0

@@ -15,6 +15,7 @@ from diffeff.core.method import Layer, Method
 from diffeff.core.run import Run, StepCall
 from diffeff.core.session import Session
 from diffeff.errors import MethodInapplicable
+from diffeff.methods.caching.predictor import time_axis
 
 __all__ = ["Job", "Trace", "attached", "record"]
 
@@ -45,6 +46,8 @@ class Trace:
     """One plain run. Lists are by step: latents before it, guided prediction, and each branch's own prediction."""
 
     timesteps: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """The run's own time at each step: the noise level where the scheduler has one (see `time_axis`)."""
     latents: list[Tensor] = field(default_factory=list)
     predictions: list[Tensor] = field(default_factory=list)
     cond: list[Tensor] = field(default_factory=list)
@@ -64,6 +67,23 @@ class Trace:
     def differences(self) -> list[Tensor]:
         """Guidance differences, cond less uncond, by step."""
         return [c.float() - u.float() for c, u in zip(self.cond, self.uncond, strict=True)]
+
+    def note(self, run: Run, call: StepCall, prediction: Tensor) -> None:
+        """A denoiser call gave `prediction`."""
+        rows = run.guidance_rows(call) if call.branch == "both" else None
+        if rows is not None:
+            uncond, cond = (prediction.index_select(0, r.to(prediction.device)) for r in rows)
+            self.cond.append(cond.detach().clone())
+            self.uncond.append(uncond.detach().clone())
+        elif call.branch in ("cond", "uncond"):
+            getattr(self, call.branch).append(prediction.detach().clone())
+
+    def note_update(self, run: Run, prediction: Tensor, latents: Tensor) -> None:
+        """The scheduler is about to move `latents` by the guided `prediction`."""
+        self.timesteps.append(run.clock.timestep)
+        self.times.append(time_axis(run.clock)[run.clock.index])
+        self.latents.append(latents.detach().clone())
+        self.predictions.append(prediction.detach().clone())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +109,13 @@ class _Recording(Method[Recorder]):
 
     def around_step(self, run: Run, call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
         prediction = proceed(call)
-        rows = run.guidance_rows(call) if call.branch == "both" else None
-        if rows is not None:
-            uncond, cond = (prediction.index_select(0, r.to(prediction.device)) for r in rows)
-            self.trace.cond.append(cond.detach().clone())
-            self.trace.uncond.append(uncond.detach().clone())
-        elif call.branch in ("cond", "uncond"):
-            getattr(self.trace, call.branch).append(prediction.detach().clone())
+        self.trace.note(run, call, prediction)
         return prediction
 
     def around_update(
         self, run: Run, prediction: Tensor, latents: Tensor, proceed: Callable[[Tensor, Tensor], Any]
     ) -> Any:
-        self.trace.timesteps.append(run.clock.timestep)
-        self.trace.latents.append(latents.detach().clone())
-        self.trace.predictions.append(prediction.detach().clone())
+        self.trace.note_update(run, prediction, latents)
         return proceed(prediction, latents)
 
 

@@ -34,9 +34,9 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     # search
     "scheduled_cache": {"actions": ("both", "both", "both", "none", "none", "both", "none", "cond")},
     "fitted_solver": {
-        "timesteps": (990.0, 600.0, 250.0),
-        "guided": (0, 1, 2),
-        "updates": (1.0, -0.4, 1.0, 0.0, -0.35, 1.0, 0.0, 0.0, -0.25),
+        "timesteps": (990.0, 800.0, 600.0, 400.0, 200.0),
+        "guided": (0, 1, 2, 3, 4),
+        "updates": tuple(w for k in range(5) for w in (1.0, *(0.0,) * k, -0.2)),
     },
 }
 

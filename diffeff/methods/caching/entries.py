@@ -62,5 +62,5 @@ def falling(clock: Clock, first: int, longest: int, shortest: int) -> AtEntries:
     while at < clock.length:
         chosen.add(at)
         share = (at - first) / max(clock.length - first, 1)
-        at += max(round(longest - (longest - shortest) * share), 1)
+        at += max(int(longest - (longest - shortest) * share), 1)
     return AtEntries(frozenset(clock.first + i for i in chosen))
