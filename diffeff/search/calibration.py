@@ -34,6 +34,9 @@ CALIBRATIONS: Mapping[str, str] = MappingProxyType(
         "teacache": "diffeff.search.calibration:calibrate_teacache",
         "magcache": "diffeff.search.calibration:calibrate_magcache",
         "meancache": "diffeff.search.mean_velocity:calibrate_meancache",
+        "step_rehash": "diffeff.search.profiles:similarity_profile",
+        "smoothcache": "diffeff.search.profiles:error_table",
+        "profilingdit": "diffeff.search.profiles:block_drift",
     }
 )
 """Where the calibration of each method lives: a function of (pipe, job, config) that gives the config filled in."""

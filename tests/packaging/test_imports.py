@@ -24,7 +24,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "diffeff.kernels": (),
     "diffeff.anatomy": ("diffeff.errors",),
     "diffeff.core": ("diffeff.errors", "diffeff.anatomy.types"),
-    "diffeff.methods": ("diffeff.errors", "diffeff.anatomy.types", "diffeff.core", "diffeff.kernels"),
+    "diffeff.methods": (
+        "diffeff.errors",
+        "diffeff.anatomy.types",
+        "diffeff.anatomy.layers",
+        "diffeff.core",
+        "diffeff.kernels",
+    ),
     "diffeff.pipelines": ("diffeff.errors", "diffeff.anatomy.types", "diffeff.core", "diffeff.methods"),
     "diffeff.search": (
         "diffeff.errors",

@@ -47,7 +47,7 @@ def every(clock: Clock, interval: int, window: frozenset[int] | None = None) -> 
 
 def centred(clock: Clock, computed: int, centre: float, power: float) -> AtEntries:
     """`computed` entries, dense around the share `centre` of the run and sparse away from it: their distances from it
-    are evenly spaced in the root `power` (DeepCache, arXiv 2312.00858, section 3.3). The first one is among them."""
+    are evenly spaced in the root `power` (after DeepCache, arXiv 2312.00858). The first one is among them."""
     middle = centre * clock.length
     low, high = (np.sign(x) * abs(x) ** (1 / power) for x in (-middle, clock.length - middle))
     roots = np.linspace(low, high, computed, endpoint=False)

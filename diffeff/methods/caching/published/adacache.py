@@ -45,7 +45,6 @@ class AdaCache(CacheConfig):
 
     PUBLISHED: ClassVar[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "30 steps, fast": {"limits": (0.08, 0.16, 0.24, 0.32, 0.4, 1.0), "intervals": (6, 5, 4, 3, 2, 1)},
-        "30 steps, slow": {"limits": (0.08, 0.16, 1.0), "intervals": (3, 2, 1)},
         "100 steps": {"limits": (0.03, 0.05, 0.07, 0.09, 0.11, 1.0), "intervals": (12, 10, 8, 6, 4, 3)},
     }
 

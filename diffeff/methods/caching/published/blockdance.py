@@ -27,14 +27,14 @@ class _Closing:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDance(CacheConfig):
-    """Two thirds of the blocks are skipped at every second step of the later run, once the structure stands.
+    """Three quarters of the blocks are skipped at every second step of the later run, once the structure stands.
 
     From the share `start` of the run to the share `stop`, steps form groups of `interval`: the first is computed, the
-    others start from the output that the first share `blocks` of the stack had there. It is that output itself which
-    is kept, not what the blocks add: the latents of the present step enter through the later blocks' modulation only.
+    others start from the output that the first share `blocks` of the stack had there. It is that output itself which is
+    kept, not what the blocks add: the latents of the present step enter through the later blocks' modulation only.
 
-    Defaults are the paper's for PixArt: block 20 of 28, 40 % to 95 %, groups of 2. Its learned variant
-    (BlockDance-Ada, a policy network) is not part of this.
+    Defaults are the paper's for PixArt: the output of block 20 (counted from 0) of 28, 40 % to 95 %, groups of 2. Its
+    learned variant (BlockDance-Ada, a policy network) is not part of this.
 
     Transformers only. Holds one tensor per stream and branch.
 
@@ -45,9 +45,9 @@ class BlockDance(CacheConfig):
     summary: ClassVar[str] = "Later steps start from what the first blocks put out a step before."
 
     PUBLISHED: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        "pixart": {"start": 0.4, "stop": 0.95, "blocks": 0.75},
-        "dit": {"start": 0.25, "stop": 0.95, "blocks": 0.75},
-        "open_sora": {"start": 0.25, "stop": 0.95, "blocks": 0.75},
+        "pixart": {"start": 0.4, "stop": 0.95},
+        "dit": {"start": 0.25, "stop": 0.95},
+        "open_sora": {"start": 0.25, "stop": 0.95},
     }
 
     interval: int = knob(

@@ -21,9 +21,9 @@ class DeltaDiT(CacheConfig):
     `blocks` of the stack adds to its input is reused; afterwards what the front share adds. Every `interval`-th step
     is computed whole.
 
-    The paper has no code. Defaults follow its setting for PixArt (interval 2, 21 of 28 blocks, so that front and rear
-    overlap); the share of the run at which stages change is ours. What both ends share is kept as a run of its own
-    (residuals add up), so that nothing has to be computed twice where stages change.
+    The paper has no code. Interval 2 is the mildest it is compared at; the share of the blocks and of the run at which
+    stages change are ours. With more than half of the blocks both ends overlap: what they share is kept as a run of its
+    own (residuals add up), so that nothing has to be computed twice where stages change.
 
     Transformers only. Holds up to three residuals per stream and branch.
 
