@@ -98,31 +98,12 @@ def _short(results: Path, model: str) -> str:
     """A model's headline arms, each linked to its line of docs/benchmarks.md."""
     found = _run(results, model)
     if not found:
-        return _old_trade(results, model)
+        return _unmeasured(model)
 
     def linked(cell: Cell) -> str:
         return Markup(f"[{cell.label}]({BENCHMARKS}#{_line(model, cell)})")
 
     return bench_table(headline(found), found, short=True, named=linked)
-
-
-def _old_trade(results: Path, model: str) -> str:
-    """Temporary: the table of `trade.jsonl`, for a model that has no bench rows yet."""
-    rows = [row for row in records("trade", results) if row["model"] == model]
-    start = max((i for i, row in enumerate(rows) if row["arm"] == "plain"), default=None)
-    if start is None:
-        return _unmeasured(model)
-    names = [name for name in ("colour", "shape", "motion", "camera") if name in rows[start]["adherence"]]
-    body = []
-    for row in rows[start:]:
-        speed, psnr, shares = row["speedup"], row["psnr"], row["adherence"]
-        numbers = [f"{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})"]
-        numbers += ["identical" if psnr is None else f"{psnr['mean']:.1f} dB (worst {psnr['min']:.1f})"]
-        for name in names:
-            low, high = shares[name]["interval95"]
-            numbers.append(f"{100 * shares[name]['accuracy']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]")
-        body.append([row["arm"], *numbers[:2], f"{100 * row['blocks_computed']:.0f} %", *numbers[2:]])
-    return markdown(["arm", "speed-up (quartiles)", "PSNR to plain", "blocks computed", *names], body)
 
 
 def headline(found: Sequence[Cell]) -> list[Cell]:

@@ -231,15 +231,15 @@ def matrix_map(rows: Sequence[Row], title: str) -> Any:
     if not rows:
         raise ConfigError("nothing to plot: no matrix rows. Measure with `diffeff bench matrix`.")
     methods, families, pairs = matrix_grid(rows)
-    figure, ((axes,),) = figure_of(1.3 + 0.36 * len(families), width=max(WIDTH, 2.2 + 1.05 * len(methods)))
+    figure, ((axes,),) = figure_of(1.3 + 0.34 * len(methods), width=max(WIDTH, 2.6 + 1.0 * len(families)))
     with library().rc_context(STYLE):
         for (method, family), row in pairs.items():
-            _tile(axes, methods.index(method), families.index(family), row)
-        axes.set_xlim(-0.5, len(methods) - 0.5)
-        axes.set_ylim(len(families) - 0.5, -0.5)
-        axes.set_xticks(range(len(methods)), [m.replace("_", "\n") for m in methods], color=INK, fontsize=9)
+            _tile(axes, families.index(family), methods.index(method), row)
+        axes.set_xlim(-0.5, len(families) - 0.5)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_xticks(range(len(families)), families, color=INK, fontsize=9)
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(families)), families, color=INK, fontsize=9.5)
+        axes.set_yticks(range(len(methods)), methods, color=INK, fontsize=9.5)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(title, pad=12)
