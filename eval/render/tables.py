@@ -139,10 +139,10 @@ def matrix_grid(rows: Sequence[Row]) -> tuple[list[str], list[str], dict[tuple[s
 
 
 def matrix_table(rows: Sequence[Row]) -> str:
-    """Families by methods: works with the share of the work left, refused, no effect, or fails."""
+    """Methods by families: works with the share of the work left, refused, no effect, or fails."""
     methods, families, pairs = matrix_grid(rows)
-    body = [[family, *(_matrix_cell(pairs.get((method, family))) for method in methods)] for family in families]
-    return markdown(["family", *(f"`{method}`" for method in methods)], body)
+    body = [[f"`{method}`", *(_matrix_cell(pairs.get((method, family))) for family in families)] for method in methods]
+    return markdown(["method", *families], body)
 
 
 def _matrix_cell(row: Row | None) -> str:
