@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,14 +19,15 @@ from diffeff.methods.caching.segment_cache import SegmentCache
 __all__ = ["BlockSet", "DepthOf", "EndsByStage", "FirstBlocks", "SplitStack", "runs_of"]
 
 
-class _Ranges:
+class _Ranges(ABC):
     """What the sites below share."""
 
     def build(self, config: CacheConfig, recipe: Recipe) -> SegmentCache:
         return SegmentCache(config, recipe, self)
 
+    @abstractmethod
     def ranges(self, denoiser: DenoiserMap) -> tuple[Segment, ...]:
-        raise NotImplementedError
+        """The runs of blocks that are predicted."""
 
     def rule(self, segment: Segment, denoiser: DenoiserMap, clock: Clock) -> Policy | None:
         """The recipe's."""

@@ -45,8 +45,8 @@ class FittedSolver(Config):
     present conditional prediction.
 
     The values come from `diffeff.search.solver.fit` (a few prompts, no training of the model) and hold for one model,
-    scheduler, guidance scale and number of plain steps; a plan's stamp warns where these differ. Needs a run from pure
-    noise (no image-to-image strength). Holds one latent per evaluation.
+    scheduler, guidance scale and number of plain steps; a plan's stamp warns where model or scheduler differ, not where
+    the guidance scale does. Needs a run from pure noise (no image-to-image strength). Holds one latent per evaluation.
 
     Related: Bespoke solvers (arXiv 2310.19075), DPM-Solver-v3 (2310.13268), S4S (2502.17423).
     """
