@@ -22,6 +22,7 @@ from diffeff.anatomy.types import (
     BlockSite,
     DenoiserMap,
     Grid,
+    TextPadding,
 )
 
 __all__ = [
@@ -129,6 +130,7 @@ class TransformerAnatomy:
     guided: Callable[[Any, Mapping[str, Any]], bool] | None = None
     """Whether a call with these arguments carries both guidance branches, from the model's config; None where the
     batch of the latents tells."""
+    padding: TextPadding = TextPadding.KEPT
     notes: tuple[str, ...] = ()
 
     def describe(self, module: nn.Module, name: str) -> DenoiserMap:
@@ -148,6 +150,7 @@ class TransformerAnatomy:
             text=self.text,
             rows=tuple(row for row in self.rows if row in signature),
             grid=partial(self._grid, module),
+            padding=self.padding,
             notes=self.notes,
         )
 

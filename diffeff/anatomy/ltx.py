@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffeff.anatomy.build import Stack, TransformerAnatomy
-from diffeff.anatomy.types import CFG
+from diffeff.anatomy.types import CFG, TextPadding
 
 __all__ = ["LTX"]
 
@@ -26,4 +26,5 @@ LTX = TransformerAnatomy(
     rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "video_coords"),
     cfg=CFG.BATCHED_UNCOND_FIRST,
     grid=_tokens,
+    padding=TextPadding.MASKED,
 )

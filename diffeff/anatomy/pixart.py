@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffeff.anatomy.build import Stack, TransformerAnatomy
-from diffeff.anatomy.types import CFG
+from diffeff.anatomy.types import CFG, TextPadding
 
 __all__ = ["PIXART"]
 
@@ -32,4 +32,5 @@ PIXART = TransformerAnatomy(
     ),
     cfg=CFG.BATCHED_UNCOND_FIRST,
     grid=_tokens,
+    padding=TextPadding.MASKED,
 )

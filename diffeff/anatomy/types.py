@@ -29,6 +29,7 @@ __all__ = [
     "ModuleSite",
     "Segment",
     "Streams",
+    "TextPadding",
     "deep_segment",
 ]
 
@@ -44,6 +45,16 @@ class CFG(Enum):
     SEPARATE = "one call per branch, conditional first"
     DISTILLED = "guidance is an input of the model; one call, or one per branch with true CFG"
     UNKNOWN = "not known"
+
+
+class TextPadding(Enum):
+    """What stands behind the prompt in the text a denoiser of this family is given."""
+
+    KEPT = "as a part of the text"
+    ALIKE = "as equal tokens"
+    """The denoiser attends to it, but its tokens are all the same, and cross-attention alone reads them."""
+    MASKED = "under a mask"
+    """Cross-attention alone reads the text, and leaves out what `encoder_attention_mask` says."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,7 @@ class DenoiserMap:
     guided: Callable[[Mapping[str, Any]], bool] | None = field(default=None, repr=False, compare=False)
     """Whether a call, given its arguments by name, carries both guidance branches; None where the batch of the latents
     tells (nearly everywhere)."""
+    padding: TextPadding = TextPadding.KEPT
     generic: bool = False
     """True when the description was guessed from diffusers' block metadata, not written for this family."""
     notes: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffeff.anatomy.build import Stack, TransformerAnatomy
-from diffeff.anatomy.types import CFG
+from diffeff.anatomy.types import CFG, TextPadding
 
 __all__ = ["WAN", "WAN_VACE"]
 
@@ -28,6 +28,7 @@ WAN = TransformerAnatomy(
     rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "control_hidden_states"),
     cfg=CFG.SEPARATE,
     grid=_tokens,
+    padding=TextPadding.ALIKE,
     notes=("Image-to-video models with a CLIP image run two attentions in each attn2: over the image, then the text.",),
 )
 
@@ -36,6 +37,7 @@ WAN_VACE = replace(
     family="wan_vace",
     title="Wan VACE",
     classes=("WanVACETransformer3DModel",),
+    padding=TextPadding.KEPT,  # the blocks beside the stack read the text too, and are no sites
     notes=(
         "vace_blocks run before the stack and are no part of it; their hints are added between its blocks, after each "
         "block listed in vace_layers.",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffeff.cli.console import emit, err, out, quiet_libraries, table
 from diffeff.cli.flags import command
 from diffeff.cli.group import GATE_FAILED, alone
-from diffeff.cli.request import DEFAULT_MODEL, call_options, is_clip, placement, recommended
-from diffeff.cli.request import Request as Generate
+from diffeff.cli.request import DEFAULT_MODEL, placement
+from diffeff.cli.searching import following, subject
 from diffeff.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -70,7 +68,7 @@ class Request:
         str | None, _option("What may be combined: steps, preset, guidance, schedule, solver; all.", _SEARCH)
     ] = None
     rounds: Annotated[int, _option("Rounds of measuring on fresh seeds.", _SEARCH, min=1)] = 1
-    swaps: Annotated[int, _option("Most trials of moving single steps, per schedule.", _SEARCH, min=0)] = 5
+    swaps: Annotated[int, _option("Most trials of moving single steps, per schedule.", _SEARCH, min=0)] = 12
     device: Annotated[_DEVICES, _option("auto takes cuda, then mps, then cpu.", _SEARCH)] = "auto"
     dtype: Annotated[_DTYPES, _option("auto is bfloat16 on cuda and float32 elsewhere.", _SEARCH)] = "auto"
     save: Annotated[Path | None, _option("Plan file to write.", _FILES)] = None
@@ -96,7 +94,7 @@ def tune(request: Request, given: dict[str, Any]) -> None:
     pipe = DiffEffPipeline.from_pretrained(request.model, dtype=getattr(torch, dtype))
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    with _progress(request.json) as observe:
+    with following(request.json) as observe:
         tuned = _tuned(request, pipe, observe)
     _finish(request, tuned)
     if not tuned.met:
@@ -119,7 +117,7 @@ def _check(request: Request) -> None:
 
 
 def _tuned(request: Request, pipe: DiffEffPipeline, observe: Callable[[float, str], None]) -> Tuned:
-    prompts, call = _subject(request, pipe)
+    prompts, call = subject(request, pipe)
     families = tuple(f.strip() for f in (request.families or "").split(",") if f.strip())
     work = request.work or Path(tempfile.gettempdir()) / "diffeff-tune.work.jsonl"
     target = {"min_psnr": request.min_psnr, "min_speedup": request.min_speedup}
@@ -140,31 +138,6 @@ def _tuned(request: Request, pipe: DiffEffPipeline, observe: Callable[[float, st
     except KeyboardInterrupt:
         err().print(f"What is finished is kept in {work}; the same command goes on from there.", markup=False)
         raise
-
-
-def _subject(request: Request, pipe: DiffEffPipeline) -> tuple[list[Any], dict[str, Any]]:
-    """Prompts (or classes) and the other arguments of the pipeline's call."""
-    import inspect
-
-    same = ("model", "steps", "guidance", "size", "frames")
-    classes = "class_labels" in inspect.signature(type(pipe.wrapped).__call__).parameters
-    asked = Generate(
-        prompt=None if classes else "", label="0" if classes else None, **{n: getattr(request, n) for n in same}
-    )
-    call = call_options(asked, pipe, recommended(request.model))
-    for name in ("prompt", "class_labels", "output_type"):
-        call.pop(name, None)
-    if classes:
-        return list(range(request.limit)), call
-    return _prompts(request, is_clip(pipe)), call
-
-
-def _prompts(request: Request, clip: bool) -> list[str]:
-    from diffeff.eval.prompts import load_prompts
-    from diffeff.zoo import bundled
-
-    own = ("sprites" if clip else "sprites-stills") if request.model in bundled.NAMES else "general"
-    return load_prompts(request.prompts or own, request.limit).texts
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -212,21 +185,3 @@ def _cells(point: Point) -> list[str]:
         f"{found.psnr:.1f} dB ({found.psnr_low:.1f} to {found.psnr_high:.1f})",
         f"{found.psnr_worst:.1f}",
     ]
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[float, str], None]]:
-    """A bar with the time left on a terminal; one line per stage in a log file."""
-    console = err()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn())
-    hidden = quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task, said = bar.add_task("load the model", total=1.0), [""]
-
-        def observe(done: float, what: str) -> None:
-            bar.update(task, description=escape(what), completed=done)
-            if hidden and not quiet and what != said[0]:
-                said[0] = what
-                console.print(f"{100 * done:3.0f} %  {what}", markup=False)
-
-        yield observe

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffeff.anatomy.types import AttentionSite, BlockSite, Memo, ModuleSite, Segment, Streams
 from diffeff.core.chains import AttentionTap
@@ -124,8 +124,9 @@ def module_handler(present: Present, site: ModuleSite, method: Method[Any]) -> H
         if run is None:
             return inner(*args, **kwargs)
 
-        def compute() -> Outputs:
-            result = inner(*args, **kwargs)
+        def compute(other: Tensor | None = None) -> Outputs:
+            a, k = (args, kwargs) if other is None else _with_first(args, kwargs, other)
+            result = inner(*a, **k)
             return result if isinstance(result, tuple) else (result,)
 
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -133,6 +134,12 @@ def module_handler(present: Present, site: ModuleSite, method: Method[Any]) -> H
         return outputs if len(outputs) > 1 else outputs[0]
 
     return handle
+
+
+def _with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 def linear_handler(present: Present, path: str, module: nn.Module, method: Method[Any]) -> Handler:

@@ -54,6 +54,7 @@ class Claim(Enum):
     KEY_COUNT = "the number of key and value tokens"
     ATTENTION_KERNEL = "the attention kernel"
     LINEAR_WEIGHTS = "the weights of linear layers"
+    SLICES = "the slices that blocks run in"
 
 
 class Need(Enum):
@@ -134,6 +135,11 @@ class Method(Generic[ConfigT]):
         """Paths of linear layers at which `around_linear` is to be called."""
         return ()
 
+    def rewrite_pipeline(self, pipeline: Any) -> Undo | None:
+        """Change parts of the pipeline beside its denoisers (text encoder, VAE) once, at attach, before `rewrite`;
+        returns what restores them."""
+        return None
+
     def rewrite(self, denoiser: DenoiserMap) -> Undo | None:
         """Change weights or blocks once, at attach; returns what restores them bit for bit."""
         return None
@@ -182,7 +188,8 @@ class Method(Generic[ConfigT]):
 
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
         """Around one attention or feed-forward module as a whole. `hidden` is its first input; outputs are a tuple,
-        also where the module returns a single tensor (joint attentions return one per stream)."""
+        also where the module returns a single tensor (joint attentions return one per stream). `proceed(other)` computes
+        it on another first input, such as some of the tokens."""
         return proceed()
 
     def around_attention(

@@ -6,6 +6,7 @@ All state that methods keep lives here, keyed by (method, branch, site), and die
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -245,7 +246,7 @@ class Run:
             self.warnings.append(message)
 
     def bytes_held(self) -> int:
-        """Bytes of tensors held in states (shallow: lists, tuples, dicts, dataclass fields and Streams)."""
+        """Bytes of tensors held in states (lists, tuples, queues, dicts, dataclass fields and Streams)."""
         return sum(_bytes(value, 0) for value in self._states.values())
 
     def guidance_rows(self, call: StepCall) -> tuple[Tensor, Tensor] | None:
@@ -264,11 +265,11 @@ class Run:
 def _bytes(value: Any, depth: int) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    if depth > 4:
+    if depth > 8:
         return 0
     if isinstance(value, Mapping):
         return sum(_bytes(v, depth + 1) for v in value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return sum(_bytes(v, depth + 1) for v in value)
     inner = getattr(value, "__dict__", None)
     return sum(_bytes(v, depth + 1) for v in inner.values()) if isinstance(inner, dict) else 0

@@ -2,20 +2,23 @@
 
 Never on classes. A patch goes where the call really passes: into the compiled call of a module compiled in place,
 under accelerate's hook where there is one (accelerate puts its hook back after every pipeline call, and would drop a
-patch above it), else over `forward`.
+patch above it), else over `forward`; in front of blocks under the split of context parallelism.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from diffeff.errors import AttachedModelError, ForeignPatchError
 
-__all__ = ["Patch", "Seam"]
+__all__ = ["Patch", "Seam", "own_tokens"]
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _CALLS = ("_compiled_call_impl", "_old_forward", "forward")
@@ -28,6 +31,9 @@ class Seam:
     It keeps the signature of what it replaces. A copy of a module that carries one would share our session's state
     with the original, so copying and pickling are refused; a scheduler's copy gets its plain method back, because
     pipelines do copy schedulers in mid-run.
+
+    torch.compile leaves alone what methods do here, which changes from step to step, and goes on tracing what the seam
+    stands in front of.
     """
 
     def __init__(self, owner: object, name: str, inner: Callable[..., Any], handler: Handler, plain_copy: bool) -> None:
@@ -40,7 +46,13 @@ class Seam:
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._handler(self.inner, args, kwargs)
+        tracer = set_eval_frame(None)
+        if tracer is None:
+            return self._handler(self.inner, args, kwargs)
+        try:
+            return self._handler(partial(_traced, tracer, self.inner), args, kwargs)
+        finally:
+            set_eval_frame(tracer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copy = memo.get(id(self._owner))
@@ -93,13 +105,33 @@ class Patch:
         """Put back what was there, to the letter. Raises ForeignPatchError when a stranger's patch sits on top."""
         self.check()
         slot = self.slot() or self.name
-        own = types.MethodType(getattr(type(self.owner), self.name), self.owner)
+        method = getattr(type(self.owner), self.name, None)
+        own = None if method is None else types.MethodType(method, self.owner)
         if self._before is not _MISSING and not (slot == "forward" and self._before == own):
             self.owner.__dict__[slot] = self._before
         elif slot == "_old_forward":  # accelerate's hook came after us and calls through this attribute
             self.owner.__dict__[slot] = own
         else:
             del self.owner.__dict__[slot]
+
+
+def own_tokens(module: nn.Module) -> object:
+    """Where a seam in front of a block sees what the block computes: the block, or the place below the hook by which
+    diffusers' context parallelism leaves each rank its share of the tokens."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None:
+        return module
+    places = zip(registry._hook_order, registry._fn_refs, strict=True)
+    return next((place for name, place in places if name.startswith("cp_")), module)
+
+
+def _traced(tracer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `inner` under the compiler that stood still for a seam."""
+    set_eval_frame(tracer)
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        set_eval_frame(None)
 
 
 def _under(top: Any, seam: Seam) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from diffeff.core.handlers import (
 )
 from diffeff.core.method import Method
 from diffeff.core.run import Run, StepCall
-from diffeff.core.seams import Patch
+from diffeff.core.seams import Patch, Seam, own_tokens
 from diffeff.core.strangers import refuse_strangers
 from diffeff.errors import AttachedModelError, RunInProgress
 
@@ -68,6 +69,10 @@ class Session:
         """Each denoiser with the object the pipeline called when the plan was attached (compiled wrappers included)."""
         return [(d, self._callees[d.name]) for d in self.denoisers]
 
+    def entrance(self, callee: Any) -> Seam:
+        """The seam through which the pipeline enters this denoiser while the plan is attached."""
+        return next(patch.seam for patch in self._patches if patch.owner is callee and patch.name == "forward")
+
     # --- attach and detach --------------------------------------------------------------------------------------
     def attach(self) -> None:
         """Rewrite and install. Raises PlanConflict or AttachedModelError with the model untouched."""
@@ -96,6 +101,10 @@ class Session:
         self._patches.clear()
 
     def _install(self, stack: ExitStack) -> None:
+        for method in subscribers(self.methods, "rewrite_pipeline"):
+            undo = method.rewrite_pipeline(self.pipeline)
+            if undo is not None:
+                stack.callback(undo)
         for denoiser in self.denoisers:
             self._mark(stack, denoiser.module)
             for method in self.methods:
@@ -141,13 +150,13 @@ class Session:
                 self._patch(stack, whole.module, "forward", module_handler(self._present, whole, method))
         for method in reversed(subscribers(self.methods, "around_block")):
             for block in method.block_sites(denoiser):
-                self._patch(stack, block.module, "forward", block_handler(self._present, block, method))
+                self._patch(stack, own_tokens(block.module), "forward", block_handler(self._present, block, method))
         for method in self.methods:
             for segment in method.segments(denoiser):
                 for block in segment.blocks:
                     self._patch(
                         stack,
-                        block.module,
+                        own_tokens(block.module),
                         "forward",
                         segment_handler(self._present, self._notes, method, segment, block),
                     )
@@ -362,9 +371,7 @@ class Session:
                 return result
         if call.argument("return_dict") is False:
             return (prediction,)
-        container = self._containers.get(call.denoiser.name)
-        if container is None:
-            raise RuntimeError(f"a method skipped the first call of {call.denoiser.name}: nothing to predict from")
+        container = self._containers.get(call.denoiser.name, Transformer2DModelOutput)  # all of them: one field, sample
         return container(sample=prediction)
 
 

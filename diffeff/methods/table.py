@@ -25,6 +25,7 @@ TABLE: dict[str, str] = {
     "bwcache": "diffeff.methods.caching.published.bwcache:BWCache",
     "taylorseer": "diffeff.methods.caching.published.taylorseer:TaylorSeer",
     "spectrum": "diffeff.methods.caching.published.spectrum:Spectrum",
+    "l2p": "diffeff.methods.caching.published.l2p:L2P",
     "meancache": "diffeff.methods.caching.published.meancache:MeanCache",
     # module, branch and range caches
     "pab": "diffeff.methods.caching.published.pab:PAB",
@@ -34,16 +35,23 @@ TABLE: dict[str, str] = {
     "deepcache": "diffeff.methods.caching.published.deepcache:DeepCache",
     "step_rehash": "diffeff.methods.caching.published.step_rehash:StepRehash",
     "smoothcache": "diffeff.methods.caching.published.smoothcache:SmoothCache",
+    "harmonica": "diffeff.methods.caching.published.harmonica:HarmoniCa",
     "tgate": "diffeff.methods.caching.published.tgate:TGate",
     "fastercache": "diffeff.methods.caching.published.fastercache:FasterCache",
     "adacache": "diffeff.methods.caching.published.adacache:AdaCache",
     "profilingdit": "diffeff.methods.caching.published.profilingdit:ProfilingDiT",
+    "foresight": "diffeff.methods.caching.published.foresight:Foresight",
+    "toca": "diffeff.methods.caching.published.toca:ToCa",
+    "duca": "diffeff.methods.caching.published.duca:DuCa",
     "elastic_cache": "diffeff.methods.caching.published.elastic:ElasticCache",
     # search
     "fitted_solver": "diffeff.methods.sampling.fitted_solver:FittedSolver",
     "scheduled_cache": "diffeff.methods.caching.scheduled:ScheduledCache",
     "guidance_skip": "diffeff.methods.guidance.guidance_skip:GuidanceSkip",
+    "unpad_text": "diffeff.methods.tokens.unpad_text:UnpadText",
     "kv_downsample": "diffeff.methods.tokens.kv_downsample:KVDownsample",
+    "sliced_attention": "diffeff.methods.attention.sliced_attention:SlicedAttention",
+    "feature_slicing": "diffeff.methods.memory.feature_slicing:FeatureSlicing",
     "int8_weights": "diffeff.methods.quantization.int8_weights:Int8Weights",
 }
 

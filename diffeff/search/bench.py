@@ -11,18 +11,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffeff.errors import ConfigError
+from diffeff.core.config import Config
+from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.eval.metrics.fidelity import psnr
+from diffeff.methods.caching.scheduled import ScheduledCache
+from diffeff.methods.sampling.fitted_solver import FittedSolver
 from diffeff.plan import Plan
 from diffeff.search.points import Candidate, Measured, Point
 
-__all__ = ["FRESH", "Bench"]
+__all__ = ["FRESH", "Bench", "Cost", "decibels_of"]
 
 Frames = NDArray[np.float32]
 FRESH = 7919
 """Added to the tuning seeds for the measured runs."""
 CEILING = 100.0
 """dB that count for identical pixels in a mean."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of one row takes, in seconds: apart from denoising, per computed branch, per step of the loop."""
+
+    fixed: float
+    branch: float
+    step: float
+
+    def seconds(self, branches: float, steps: int) -> float:
+        """Of a run of `steps` steps that computes so many branches."""
+        return self.fixed + branches * self.branch + steps * self.step
 
 
 @dataclass
@@ -44,9 +60,12 @@ class Bench:
     stages: dict[str, float] = field(default_factory=dict)
     branches: float = 0.0
     """The same of the plain run."""
-    fixed: float = 0.0
-    """Share of the plain run's time that does not go into denoising."""
+    exact: tuple[Config, ...] = ()
+    """Methods that leave the result as it is and change what a branch takes."""
+    beside: tuple[Config, ...] = ()
+    """Those of them that candidates carry, first in their plans."""
     _plain: Frames | None = None
+    _costs: dict[tuple[Config, ...], Cost] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -80,8 +99,6 @@ class Bench:
         if self._plain is None:
             self._plain = self.frames(Plan(), self.steps, range(len(self.prompts)))
             self.branches = self.computed
-            denoise = self.stages.get("denoise", 0.0)
-            self.fixed = 1 - denoise / max(self.stages.get("total", 0.0), 1e-9)
         return self._plain
 
     def try_out(self, candidate: Candidate) -> Point:
@@ -89,14 +106,39 @@ class Bench:
         plain = self.plain()
         found = self.frames(candidate.plan, candidate.steps, range(len(self.prompts)))
         share = self.computed / self.branches
-        return Point(
-            candidate, _mean([_decibels(a, b) for a, b in zip(plain, found, strict=True)]), share, self.gain(share)
-        )
+        beside = tuple(config for config in candidate.plan.methods if config in self.exact)
+        gain = self.gain(self.computed, _loop(candidate), beside)
+        return Point(candidate, _mean([decibels_of(a, b) for a, b in zip(plain, found, strict=True)]), share, gain)
 
-    def gain(self, share: float) -> float:
-        """The speed-up that computing this share of the denoiser's calls should give, encoding and decoding counted."""
+    def gain(self, branches: float, steps: int, beside: tuple[Config, ...]) -> float:
+        """The speed-up that computing so many branches in so many steps should give, with the methods of `beside` on;
+        encoding, decoding and the pipeline's own loop counted."""
         self.plain()
-        return 1 / (self.fixed + (1 - self.fixed) * share)
+        whole = self.cost(()).seconds(self.branches, self.steps)
+        return whole / self.cost(beside).seconds(branches, steps)
+
+    def cost(self, beside: tuple[Config, ...]) -> Cost:
+        """What single runs take with the methods of `beside` on: from a whole run, and one that computes two steps."""
+        if beside not in self._costs:
+            whole, little = self._stages(beside), self._stages((*beside, _two_steps(self.steps)))
+            (denoise, branches, fixed), (rest, few, _) = whole, little
+            branch = max(denoise - rest, 0.0) / max(branches - few, 1.0) if few < branches else denoise / branches
+            step = max(denoise - branches * branch, 0.0) / self.steps
+            self._costs[beside] = Cost(fixed, branch, step)
+        return self._costs[beside]
+
+    def _stages(self, configs: tuple[Config, ...]) -> tuple[float, float, float]:
+        """Seconds of denoising, branches computed, and all other seconds of a run of the first prompt: the faster of
+        two."""
+        found = []
+        for _ in range(2):
+            try:
+                self.frames(Plan(configs), self.steps, [0])
+            except MethodInapplicable:  # a pipeline whose steps cannot be left out: all of it counts per branch
+                self.frames(Plan([c for c in configs if c in self.exact]), self.steps, [0])
+            denoise = self.stages.get("denoise", 0.0)
+            found.append((denoise, self.computed, max(self.stages.get("total", 0.0) - denoise, 0.0)))
+        return min(found, key=_seconds_of)
 
     # --- speed and fidelity on fresh seeds ----------------------------------------------------------------------
     def measure(
@@ -116,7 +158,7 @@ class Bench:
             found = {n: self._timed(arms[n], row, FRESH * (number + 1)) for n in order}
             for n, (seconds, frames) in found.items():
                 ratios[n].append(found[0][0] / seconds)
-                decibels[n].append(_decibels(found[0][1], frames))
+                decibels[n].append(decibels_of(found[0][1], frames))
             observe((done + 1) / len(turns))
         return [
             Point(p.candidate, p.psnr, p.share, p.expected_speedup, _measured(decibels[n + 1], ratios[n + 1]))
@@ -129,7 +171,24 @@ class Bench:
         return self.seconds, frames[0]
 
 
-def _decibels(a: Frames, b: Frames) -> float:
+def _seconds_of(run: tuple[float, float, float]) -> float:
+    """Seconds of a run, denoising and the rest."""
+    return run[0] + run[2]
+
+
+def _two_steps(steps: int) -> ScheduledCache:
+    """Computes the first step and the last."""
+    return ScheduledCache(actions=("both", *("none",) * (steps - 2), "both"), predictors=("hold",) * (steps - 2))
+
+
+def _loop(candidate: Candidate) -> int:
+    """Steps of the pipeline's loop: a fitted solver sets its own."""
+    own = [config.calls for config in candidate.plan.methods if isinstance(config, FittedSolver)]
+    return own[0] if own else candidate.steps
+
+
+def decibels_of(a: Frames, b: Frames) -> float:
+    """PSNR in dB, at most CEILING."""
     return min(psnr(a, b), CEILING)
 
 

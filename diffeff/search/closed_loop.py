@@ -73,7 +73,7 @@ class EndError:
     def __call__(self, schedule: Schedule) -> float:
         config = schedule.config()
         method = _Remembering(config, self._kept, _alike(self._base, config))
-        with attached(self.pipe, method) as run:
+        with attached(self.pipe, method, self.job.beside) as run:
             final = run(self.job)
         self.rows += method.rows
         self._fresh = method.fresh

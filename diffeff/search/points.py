@@ -12,7 +12,7 @@ from diffeff.plan import Plan
 
 __all__ = ["Candidate", "Measured", "Point", "Target", "Tuned", "front"]
 
-Kind = Literal["plain", "steps", "preset", "guidance", "schedule", "solver"]
+Kind = Literal["plain", "exact", "steps", "preset", "guidance", "schedule", "solver"]
 
 
 @dataclass(frozen=True)

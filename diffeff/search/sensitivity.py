@@ -88,7 +88,7 @@ def sensitivities(
     ratios = []
     for number, k in enumerate(nudged):
         nudge = trace.predictions[k - 1].float() - trace.predictions[k].float()
-        with attached(pipe, Replayed(trace, k, nudge)) as run:
+        with attached(pipe, Replayed(trace, k, nudge), job.beside) as run:
             moved = _length(run(job) - trace.final)
         ratios.append(moved / (guess[k] * _length(nudge)))
         observe((number + 1) / len(nudged))

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffeff.errors import ConfigError, MethodInapplicable
+from diffeff.methods.caching.few_steps import FEW, STILL_HELPS
 
-__all__ = ["FAMILIES", "FEW", "Observe", "Progress", "checked"]
+__all__ = ["FAMILIES", "Observe", "Progress", "checked"]
 
 Observe = Callable[[float, str], None]
 """Hears how much of the work is done (0 to 1) and what is being done."""
 
-FAMILIES = ("steps", "preset", "guidance", "schedule", "solver")
+FAMILIES = ("exact", "steps", "preset", "guidance", "schedule", "solver")
 """What a search may draw on."""
-FEW = 8
-"""Up to so many steps there is next to nothing to skip."""
 
 
 @dataclass
@@ -60,8 +59,4 @@ def checked(
 
 def _refuse_few(steps: int) -> None:
     if steps <= FEW:
-        raise MethodInapplicable(
-            f"a run of {steps} steps leaves next to nothing to skip: neighbouring steps of few-step models differ too "
-            "much to predict one from another. What still helps there is making each step cheaper: int8_weights, "
-            "kv_downsample, and guidance_skip where guidance is on; measure them with `diffeff generate --compare`."
-        )
+        raise MethodInapplicable(f"a run of {steps} steps leaves next to nothing to skip: {STILL_HELPS}")

@@ -231,7 +231,7 @@ class _Fitting:
     def _run(self, config: FittedSolver, valid: int) -> Tensor:
         """Final latents less the plain run's, flat, in float64."""
         self.memory.valid = valid
-        with attached(self.pipe, _Probed(config, self.memory)) as run:
+        with attached(self.pipe, _Probed(config, self.memory), self.job.beside) as run:
             return run(self.job).double().flatten() - self.target
 
     def _error(self, residual: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -32,6 +32,8 @@ class Job:
     seeds: tuple[int, ...]
     call: Mapping[str, Any]
     """Keyword arguments of the pipeline: num_inference_steps, guidance_scale, height, ..."""
+    beside: tuple[Config, ...] = ()
+    """Exact methods that are on in every run of the search, to make it shorter."""
 
     def run(self, pipe: Any, **more: Any) -> Tensor:
         """The final latents [prompts, ...]."""
@@ -120,10 +122,12 @@ class _Recording(Method[Recorder]):
 
 
 @contextmanager
-def attached(pipe: Any, method: Method[Any]) -> Iterator[Callable[[Job], Tensor]]:
-    """`method` alone on a DiffEffPipeline, whose own plan must be off: yields what runs a job and gives its latents."""
-    session = Session(pipe.wrapped, pipe.denoisers, [method])
-    method.bind(session.denoisers)
+def attached(pipe: Any, method: Method[Any], beside: Sequence[Config] = ()) -> Iterator[Callable[[Job], Tensor]]:
+    """`method` on a DiffEffPipeline, whose own plan must be off, and the methods of `beside`: yields what runs a job
+    and gives its latents."""
+    session = Session(pipe.wrapped, pipe.denoisers, [method, *(config.build() for config in beside)])
+    for one in session.methods:
+        one.bind(session.denoisers)
     session.attach()
 
     def run(job: Job) -> Tensor:
@@ -142,7 +146,7 @@ def record(pipe: Any, job: Job) -> Trace:
     Raises MethodInapplicable where the final latents are not what the scheduler moved (pipelines that change them).
     """
     recording = _Recording(Recorder())
-    with attached(pipe, recording) as run:
+    with attached(pipe, recording, job.beside) as run:
         final = run(job)
     trace = recording.trace
     if trace.latents[-1].shape != final.shape:

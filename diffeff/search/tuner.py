@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffeff.errors import ConfigError, MethodInapplicable
-from diffeff.methods.caching.scheduled import FITTED
+from diffeff.core.config import Config
+from diffeff.errors import MethodInapplicable
 from diffeff.methods.guidance.guidance_skip import GuidanceSkip
+from diffeff.methods.sampling.fitted_solver import FittedSolver
+from diffeff.methods.tokens.unpad_text import UnpadText
 from diffeff.plan import ModelStamp, Plan
 from diffeff.presets import PRESETS
 from diffeff.report import environment
 from diffeff.search.bench import Bench
-from diffeff.search.closed_loop import EndError, halved_of, local_swaps
+from diffeff.search.choose import corrected
 from diffeff.search.points import Candidate, Point, Target, Tuned, front
-from diffeff.search.refit import refit
 from diffeff.search.schedule import Schedule
 from diffeff.search.schedules import ScheduleSearch
 from diffeff.search.sensitivity import sensitivities
@@ -33,8 +34,10 @@ __all__ = ["tune"]
 
 log = logging.getLogger("diffeff")
 
-SEVERAL = 6
-"""How many of the best schedules on record are tried on real runs."""
+EXACT = (UnpadText(),)
+"""Methods that give the plain result, to rounding."""
+SAME = 60.0
+"""dB from which on a result counts as the same: rounding is no nearer after a run in 16-bit floats."""
 MARGIN = 0.8
 """dB that a candidate tuned on the tuning seeds must exceed the target by there: it loses some on others."""
 
@@ -49,7 +52,7 @@ def tune(
     seeds: Sequence[int] | None = None,
     families: Sequence[str] = FAMILIES,
     rounds: int = 3,
-    swaps: int = 5,
+    swaps: int = 12,
     timed_rounds: int = 1,
     work: str | Path | None = None,
     observe: Observe = lambda done, what: None,
@@ -96,7 +99,7 @@ class _Tuner:
     stamp: ModelStamp
     work: WorkFile
     rounds: int = 3
-    swaps: int = 5
+    swaps: int = 12
     timed_rounds: int = 1
     progress: Progress = field(default_factory=lambda: Progress(lambda done, what: None, 1.0))
     points: dict[str, Point] = field(default_factory=dict)
@@ -105,7 +108,7 @@ class _Tuner:
     @cached_property
     def bench(self) -> Bench:
         s = self.settings
-        return Bench(self.pipe, s["prompts"], s["seeds"], s["call"], s["argument"])
+        return Bench(self.pipe, s["prompts"], s["seeds"], s["call"], s["argument"], exact=EXACT)
 
     @property
     def steps(self) -> int:
@@ -114,7 +117,7 @@ class _Tuner:
     @cached_property
     def job(self) -> Job:
         s = self.settings
-        return Job(tuple(s["prompts"]), tuple(s["seeds"]), s["call"])
+        return Job(tuple(s["prompts"]), tuple(s["seeds"]), s["call"], self.bench.beside)
 
     @cached_property
     def trace(self) -> Trace:
@@ -147,6 +150,7 @@ class _Tuner:
         self.progress.part(1, "plain run")
         self.bench.plain()
         for name, search in (
+            ("exact", self._exact),
             ("steps", self._fewer_steps),
             ("preset", self._presets),
             ("guidance", self._guidance),
@@ -185,7 +189,22 @@ class _Tuner:
             return point.psnr >= self.target.min_psnr + margin
         return point.expected_speedup >= float(self.target.min_speedup or 1.0) * 1.02
 
+    def _plan(self, *configs: Config) -> Plan:
+        """These methods, and the exact ones that every candidate carries."""
+        return Plan([*self.bench.beside, *configs])
+
     # --- families -----------------------------------------------------------------------------------------------
+    def _exact(self) -> None:
+        """Methods that change nothing but the time: all that follows is searched for with them on."""
+        for config in EXACT:
+            for denoiser in self.pipe.denoisers:
+                config.build().inspect(denoiser)
+            point = self._try(Candidate("exact", config.name, Plan([config]), self.steps))
+            if point.psnr < SAME:
+                self.notes.append(f"{config.name} is left out: {point.psnr:.1f} dB are not exact on this model")
+            else:
+                self.bench.beside = (*self.bench.beside, config)
+
     def _fewer_steps(self) -> None:
         total = self.steps
         ladder = sorted({max(2, round(total * share)) for share in (0.1, 0.16, 0.25, 0.36, 0.5, 0.7)} - {total})
@@ -201,6 +220,12 @@ class _Tuner:
             good = self._good(self._steps(middle))
             fine = good if self.target.min_psnr is not None else not good
             low, high = (low, middle) if fine else (middle, high)
+        if self.bench.beside:
+            best = high if self.target.min_psnr is not None else low
+            self._try(Candidate("exact", f"{best} steps, {self._beside_words()}", self._plan(), best))
+
+    def _beside_words(self) -> str:
+        return " and ".join(config.name for config in self.bench.beside)
 
     def _steps(self, steps: int) -> Point:
         return self._try(Candidate("steps", f"{steps} steps", Plan(), steps))
@@ -208,14 +233,14 @@ class _Tuner:
     def _presets(self) -> None:
         for name, preset in PRESETS.items():
             if preset.methods:
-                self._try(Candidate("preset", name, Plan.preset(name), self.steps))
+                self._try(Candidate("preset", name, self._plan(*Plan.preset(name).methods), self.steps))
 
     def _guidance(self) -> None:
         if not self.trace.guided:
             raise MethodInapplicable("this call has no unconditional branch to skip")
         for interval in (2, 4):
             config = GuidanceSkip(interval=interval, first=2, last=1)
-            self._try(Candidate("guidance", f"guidance every {interval} steps", Plan([config]), self.steps))
+            self._try(Candidate("guidance", f"guidance every {interval} steps", self._plan(config), self.steps))
 
     def _schedules(self) -> None:
         """Bisect for the fewest rows that meet the target before any correction; corrected ones need fewer."""
@@ -257,7 +282,7 @@ class _Tuner:
         return self._play(self.search.schedule(rows), f"schedule of {rows} calls")
 
     def _play(self, schedule: Schedule, label: str) -> Point:
-        return self._try(Candidate("schedule", label, Plan([schedule.config()]), self.steps))
+        return self._try(Candidate("schedule", label, self._plan(schedule.config()), self.steps))
 
     def _corrected(self, rows: int) -> Point:
         """The schedule of so many rows after rounds on its own trajectory and local swaps."""
@@ -269,55 +294,49 @@ class _Tuner:
         return self._play(Schedule.from_dict(kept), label)
 
     def _correct(self, rows: int, label: str) -> Schedule:
-        """The split over steps and branches that is best on a real run, moved about, its weights refitted."""
-        if self.trace.final is None:
-            raise ConfigError("the recorded run has no final latents")
-        evaluate = EndError(self.pipe, self.job, self.trace.final)
-        part = self.progress.part(0.05 * self.swaps, f"{label}: which steps")
-        splits = self.search.schedules(rows, (FITTED,))[:5]
-        split = min(splits, key=evaluate)
-        halved = len(halved_of(split))
-        others = self.search.several(len(split.computed), halved, SEVERAL, (FITTED,))
-        error, best = min(((evaluate(s), s) for s in [split, *others]), key=lambda pair: pair[0])
-        evaluate(best)
-        evaluate.keep(best)
-        best, error = local_swaps(
-            self.search, best, evaluate, error, self.swaps, names=(FITTED,), keep=evaluate.keep, observe=part
-        )
-        part = self.progress.part(0.3 * rows * self.rounds / 3, f"{label}: weights")
-        best, error = refit(best, evaluate, self.rounds, observe=part)
-        log.info("tune: %s ends %.4f from the plain run", label, error)
-        return replace(best, expected=error)
+        """Steps chosen on real runs, weights fitted to their end."""
+        stages = {"steps": 0.05 * self.swaps, "weights": 0.3 * rows * self.rounds / 3}
+        parts: dict[str, Callable[[float], None]] = {}
+
+        def observe(done: float, what: str) -> None:
+            if what not in parts:
+                parts[what] = self.progress.part(stages[what], f"{label}: {what}")
+            parts[what](done)
+
+        options: dict[str, Any] = {"rounds": self.rounds, "swaps": self.swaps, "observe": observe}
+        found = corrected(self.pipe, self.job, self.trace, self.search, rows, **options)
+        log.info("tune: %s ends %.4f from the plain run", label, found.expected)
+        return found
 
     def _solvers(self) -> None:
-        """Fitted solvers that cost less than the best found so far, until one does not meet the target."""
-        guided = self.trace.guided
-        options = [(k, g) for k in range(2, 7) for g in ({k, -(-k // 2), 1} if guided else {k})]
-        rows = {option: sum(option) if guided else option[0] for option in options}
-        limit = self._cheapest_rows()
-        cheaper = sorted((o for o in options if rows[o] < limit), key=lambda o: (-rows[o], -o[0]))
-        for option in self._worth(cheaper, rows)[:2]:
-            if not self._good(self._solver(*option), MARGIN / 2) and self.target.min_psnr is not None:
-                break
-
-    def _worth(self, options: list[tuple[int, int]], rows: Mapping[tuple[int, int], int]) -> list[tuple[int, int]]:
-        """One solver per cost, the dearest first; about half of the evaluations with both branches."""
-        best: dict[int, tuple[int, int]] = {}
-        for option in options:
-            held = best.get(rows[option])
-            if held is None or abs(option[1] - option[0] / 2) < abs(held[1] - held[0] / 2):
-                best[rows[option]] = option
-        if self.target.min_speedup is None:
-            return list(best.values())
-        wanted = [o for o in best.values() if self.bench.gain(rows[o] / self.bench.branches) >= self.target.min_speedup]
-        return wanted[:2]
-
-    def _cheapest_rows(self) -> float:
-        """Branches that the cheapest candidate meeting the target computes."""
+        """Fitted solvers that should be faster than the best found so far: bisect for the fastest that meets the
+        target, or the two most faithful ones that are fast enough."""
+        options = [o for o in self._options() if self._gain(*o) > self._fastest()]
         if self.target.min_psnr is None:
-            return self.bench.branches
-        good = [p.share for p in self.points.values() if self._good(p)]
-        return min(good, default=1.0) * self.bench.branches - 0.5
+            for option in options[-2:]:
+                self._solver(*option)
+            return
+        low, high = -1, len(options)
+        while high - low > 1:
+            middle = (low + high) // 2
+            good = self._good(self._solver(*options[middle]), MARGIN / 2)
+            low, high = (low, middle) if good else (middle, high)
+
+    def _options(self) -> list[tuple[int, int]]:
+        """Evaluations, and how many of them are guided: one per number of branches, the cheapest first."""
+        if not self.trace.guided:
+            return [(k, k) for k in range(2, 8)]
+        return [(rows - guided, guided) for rows in range(3, 11) for guided in [max(1, round(0.35 * rows))]]
+
+    def _gain(self, evaluations: int, guided: int) -> float:
+        branches = evaluations + guided if self.trace.guided else evaluations
+        return self.bench.gain(branches, evaluations, self.bench.beside)
+
+    def _fastest(self) -> float:
+        """The speed-up a solver has to exceed to be of use."""
+        if self.target.min_speedup is not None:
+            return self.target.min_speedup
+        return max((p.expected_speedup for p in self.points.values() if self._good(p)), default=1.0)
 
     def _solver(self, evaluations: int, guided: int) -> Point:
         label = f"fitted solver of {evaluations} steps"
@@ -330,7 +349,7 @@ class _Tuner:
             found = fit(self.pipe, self.job, evaluations, spread, **options)
             kept = found.config.to_dict()
             self.work.put(kept, "solver", evaluations, guided)
-        return self._try(Candidate("solver", label, Plan.of({"diffeff_plan": 1, "methods": [kept]}), self.steps))
+        return self._try(Candidate("solver", label, self._plan(FittedSolver.from_dict(kept)), self.steps))
 
     # --- measuring ----------------------------------------------------------------------------------------------
     def _measure(self) -> Point | None:

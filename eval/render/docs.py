@@ -1,4 +1,5 @@
-"""Keeps README.md and docs/benchmarks.md true: `python -m diffeff.eval.render.docs` makes their numbers and plots anew.
+"""Keeps README.md and docs/benchmarks.md true: `python -m diffeff.eval.render.docs` makes their numbers and plots anew,
+and docs/methods.md whole.
 
 Each generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`: families and methods from the code, presets
 from the presets, models from the bundled cards, everything measured from the JSON lines under `eval/results/`. A test
@@ -16,9 +17,10 @@ from typing import Any
 
 from diffeff.anatomy.table import families
 from diffeff.errors import UnknownName, nearest
-from diffeff.eval.render import plots
+from diffeff.eval.render import methods, plots
 from diffeff.eval.render.advice import curves, sentences
 from diffeff.eval.render.document import anchor
+from diffeff.eval.render.equal_quality import equal_quality_table
 from diffeff.eval.render.layout import groups_of
 from diffeff.eval.render.markup import Markup
 from diffeff.eval.render.records import Cell, Row, cells, latest, newest, of, read_rows
@@ -146,6 +148,8 @@ def _whole(results: Path, model: str) -> str:
     shown += [_image(f"bench-{model}-memory", "peak memory")] if any(c.peak_bytes for c in found) else []
     shown += [_image(f"bench-{model}-adherence", "adherence by attribute")] if any(c.adherence for c in found) else []
     parts = [_conditions(found), shown[0] if shown else "", said, bench_table(found, named=named)]
+    if table := equal_quality_table(found):
+        parts.insert(2, f"At the same PSNR to plain, between the points of each contender's own sweep:\n\n{table}")
     return "\n\n".join(part for part in [*parts, failures_table(found, named), *shown[1:]] if part)
 
 
@@ -283,6 +287,7 @@ def main() -> None:
         page = ROOT / name
         write_text(page, update(page.read_text("utf-8")))
         sys.stderr.write(f"updated {name}\n")
+    methods.main()
     for path in draw():
         sys.stderr.write(f"drew {path.relative_to(ROOT)}\n")
 

@@ -167,11 +167,14 @@ def _state(row: Row) -> State:
 
 
 def _group(arm: Mapping[str, Any]) -> str:
-    """`diffusers FirstBlockCache` of `diffusers FirstBlockCache, threshold 0.1`; of fewer steps, the solver."""
+    """`diffusers FirstBlockCache` of `diffusers FirstBlockCache, threshold 0.1`; of fewer steps, the solver; of plan
+    files `NAME-35db.json` that were tuned for so many dB, `NAME tuned`."""
     label = str(arm.get("label") or arm["name"])
     if arm["kind"] == "fewer-steps":
         return re.sub(r",? *\d+ steps?$", "", label) or label
-    return str(arm["name"]) if arm["kind"] == "plan" else label.partition(",")[0]
+    if arm["kind"] == "plan":
+        return re.sub(r"-\d+db\.json$", " tuned", str(arm["name"]))
+    return label.partition(",")[0]
 
 
 def _package(arm: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def test_bad_settings_are_refused(pipe: DiffEffPipeline) -> None:
         pipe.tune([], min_psnr=30)
     with pytest.raises(ConfigError, match="1 seeds for 2 prompts"):
         pipe.tune(PROMPTS, min_psnr=30, seeds=[0])
-    with pytest.raises(ConfigError, match="allowed: steps"):
+    with pytest.raises(ConfigError, match="allowed: exact"):
         pipe.tune(PROMPTS, min_psnr=30, families=["magic"])
 
 

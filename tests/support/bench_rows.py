@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import math
 from typing import Any
 
 import numpy as np
 
+from diffeff.eval.render.records import Cell, cells
 from diffeff.plan import Plan
 
 ENVIRONMENT = {"diffeff": "0.1.0", "torch": "2.13.0+cpu", "diffusers": "0.42.1", "python": "3.11.7"}
@@ -320,3 +322,21 @@ def evaluation() -> dict[str, Any]:
         "samples": [],
         "seconds": {"generate": 410.0, "features": 12.5},
     }
+
+
+def points(*points: tuple[str, str, float, float]) -> list[Cell]:
+    """Cells of (kind, name, speed, PSNR)."""
+    plain, pattern = bench_rows(samples=False)[:2]
+    rows: list[dict[str, Any]] = [plain]
+    for kind, name, speed, psnr in points:
+        row = copy.deepcopy(pattern)
+        row["arm"] = {"kind": kind, "name": kind if kind == "fewer-steps" else name, "label": name, "options": {}}
+        row["speedup"] = {"median": speed, "q1": speed * 0.97, "q3": speed * 1.03}
+        row["fidelity"]["psnr"] = {"mean": psnr, "low": psnr - 0.5, "high": psnr + 0.5, "min": psnr - 5}
+        rows.append(row)
+    return cells(rows)
+
+
+CURVE = [
+    ("fewer-steps", f"fewer steps, {n} steps", s, p) for n, s, p in ((15, 2.0, 50.0), (10, 3.0, 40.0), (5, 6.0, 30.0))
+]

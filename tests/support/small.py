@@ -1,49 +1,5 @@
-"""Options at which a method acts on models as tiny as `tiny`'s, in runs of 8 steps: one line per method.
+"""The settings of `diffeff.zoo.tiny.settings`, under the short name that tests use; a new method gets its line there."""
 
-A method without a line acts there as it is.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-import tiny
+from diffeff.zoo.tiny import EXTRA, SMALL, entries
 
 __all__ = ["EXTRA", "SMALL", "entries"]
-
-SMALL: Mapping[str, Mapping[str, Any]] = {
-    **tiny.SMALL,
-    # step and block-stack caches
-    "first_block_cache": {"first": 1, "threshold": 1.0, "max_skips": 2},
-    "dbcache": {"head": 1, "first": 2, "threshold": 1.0, "max_skips": 2},
-    "teacache": {"coefficients": (1.0, 0.0), "threshold": 0.5, "max_skips": 2},
-    "magcache": {"sigmas": (0.01, 1.0), "magnitudes": (1.0, 1.02), "threshold": 0.1},
-    "easycache": {"threshold": 0.5, "max_skips": 2},
-    "seacache": {"threshold": 2.0},
-    "dicache": {"threshold": 2.0, "max_skips": 2},
-    "bwcache": {"threshold": 5.0, "burst": 0.2},
-    "taylorseer": {"interval": 3, "first": 2},
-    "spectrum": {"first": 3},
-    "meancache": {"sigmas": (1.0, 0.95, 0.7, 0.4), "spans": (1, 1, 2, 2)},
-    # module, branch and range caches
-    "step_rehash": {"times": (1.0, 0.5, 0.0), "similarities": (0.9, 0.99), "first": 1},
-    "smoothcache": {"kinds": ("self", "joint", "feed_forward"), "times": (1.0, 0.0), "errors": (0.01,) * 18},
-    "profilingdit": {"blocks": (1, 2)},
-    "elastic_cache": {"threshold": 2.0, "first": 1, "segments": 3},
-    # search
-    "scheduled_cache": {"actions": ("both", "both", "both", "none", "none", "both", "none", "cond")},
-    "fitted_solver": {
-        "timesteps": (990.0, 800.0, 600.0, 400.0, 200.0),
-        "guided": (0, 1, 2, 3, 4),
-        "updates": tuple(w for k in range(5) for w in (1.0, *(0.0,) * k, -0.2)),
-    },
-}
-
-EXTRA: tuple[Mapping[str, Any], ...] = ({"use": "feature_cache", "site": "segment", "first": 1, "last": 1},)
-"""Further entries of methods whose options change where they act."""
-
-
-def entries(names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One plan entry per method of the table, and the further ones."""
-    return [*({"use": name, **SMALL.get(name, {})} for name in names), *map(dict, EXTRA)]

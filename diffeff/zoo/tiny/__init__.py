@@ -13,6 +13,20 @@ noise.
 from __future__ import annotations
 
 from diffeff.zoo.tiny.request import TEXT, WIDTH, Request, Tiny
-from diffeff.zoo.tiny.table import FAMILIES, SMALL, call_kwargs, make, run, tiny
+from diffeff.zoo.tiny.settings import EXTRA, SMALL, entries
+from diffeff.zoo.tiny.table import FAMILIES, call_kwargs, make, run, tiny
 
-__all__ = ["FAMILIES", "SMALL", "TEXT", "WIDTH", "Request", "Tiny", "call_kwargs", "make", "run", "tiny"]
+__all__ = [
+    "EXTRA",
+    "FAMILIES",
+    "SMALL",
+    "TEXT",
+    "WIDTH",
+    "Request",
+    "Tiny",
+    "call_kwargs",
+    "entries",
+    "make",
+    "run",
+    "tiny",
+]

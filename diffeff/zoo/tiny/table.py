@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,9 @@ from diffeff.zoo.tiny.transformers import TRANSFORMERS
 from diffeff.zoo.tiny.unets import UNETS
 from diffeff.zoo.tiny.wan import WAN
 
-__all__ = ["FAMILIES", "SMALL", "call_kwargs", "make", "run", "tiny"]
+__all__ = ["FAMILIES", "call_kwargs", "make", "run", "tiny"]
 
 FAMILIES: dict[str, Tiny] = {**WAN, **TRANSFORMERS, **UNETS}
-
-SMALL: Mapping[str, Mapping[str, Any]] = {
-    "feature_cache": {"first": 1, "last": 1},
-    "guidance_skip": {"first": 1, "last": 1},
-    "kv_downsample": {"min_tokens": 4},
-    "int8_weights": {"min_features": 8},
-}
-"""Options at which a method acts on models as tiny as these, by method; a method without a line acts as it is."""
 
 
 def tiny(name: str) -> Tiny:

@@ -10,6 +10,8 @@ from diffeff.zoo.tiny.request import WIDTH, Request, Tiny
 __all__ = ["WAN"]
 
 _SIZE = (3, 8, 12)
+PADDING = 3
+"""Zeros behind the prompt's embeddings."""
 _CONFIG = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -68,7 +70,10 @@ def _vace() -> Any:
 
 
 def _text(r: Request) -> dict[str, Any]:
-    return {**r.text(), **r.video()}
+    texts = r.text()
+    for embeds in texts.values():
+        embeds[:, -PADDING:] = 0  # as Wan's pipelines pad
+    return {**texts, **r.video()}
 
 
 def _image_call(r: Request) -> dict[str, Any]:

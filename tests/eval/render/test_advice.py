@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
-from bench_rows import bench_rows
+from bench_rows import CURVE, bench_rows, points
 
 from diffeff.eval.render.advice import beaten, choices, curves, front, sentences, verdict
-from diffeff.eval.render.records import Cell, cells
-
-
-def _points(*points: tuple[str, str, float, float]) -> list[Cell]:
-    """Cells of (kind, name, speed, PSNR)."""
-    plain, pattern = bench_rows(samples=False)[:2]
-    rows: list[dict[str, Any]] = [plain]
-    for kind, name, speed, psnr in points:
-        row = copy.deepcopy(pattern)
-        row["arm"] = {"kind": kind, "name": kind if kind == "fewer-steps" else name, "label": name, "options": {}}
-        row["speedup"] = {"median": speed, "q1": speed * 0.97, "q3": speed * 1.03}
-        row["fidelity"]["psnr"] = {"mean": psnr, "low": psnr - 0.5, "high": psnr + 0.5, "min": psnr - 5}
-        rows.append(row)
-    return cells(rows)
-
-
-CURVE = [
-    ("fewer-steps", f"fewer steps, {n} steps", s, p) for n, s, p in ((15, 2.0, 50.0), (10, 3.0, 40.0), (5, 6.0, 30.0))
-]
+from diffeff.eval.render.records import cells
 
 
 @pytest.mark.parametrize(
@@ -44,20 +25,20 @@ CURVE = [
     ],
 )
 def test_verdict_is_at_equal_speed(speed: float, psnr: float, standing: str, expected: float | None) -> None:
-    found = _points(*CURVE, ("plan", "mine", speed, psnr))
+    found = points(*CURVE, ("plan", "mine", speed, psnr))
     judged = verdict(found[-1], found)
     assert judged.standing == standing
     assert judged.expected == (None if expected is None else pytest.approx(expected))
 
 
 def test_without_fewer_steps_nothing_is_comparable() -> None:
-    found = _points(("plan", "mine", 2.0, 50.0))
+    found = points(("plan", "mine", 2.0, 50.0))
     assert verdict(found[-1], found).standing == "alone"
     assert verdict(found[0], found).standing == "alone"
 
 
 def test_front_is_what_nothing_beats() -> None:
-    found = _points(
+    found = points(
         ("plan", "a", 2.0, 50.0), ("peer", "b", 1.9, 49.0), ("peer", "c", 3.0, 40.0), ("plan", "d", 3.0, 41.0)
     )
     assert [cell.label for cell in front(found)] == ["a", "d"]
@@ -73,14 +54,14 @@ def test_curves_are_sorted_by_speed_and_kept_apart_by_solver() -> None:
 
 
 def test_choice_is_the_fastest_and_among_equals_the_closest() -> None:
-    found = _points(("plan", "near", 2.00, 60.0), ("plan", "far", 2.02, 51.0), ("plan", "fast", 3.0, 45.0))
+    found = points(("plan", "near", 2.00, 60.0), ("plan", "far", 2.02, 51.0), ("plan", "fast", 3.0, 45.0))
     chosen = choices(found)
     assert [(c.floor, c.cell.label) for c in chosen] == [(50.0, "near"), (40.0, "fast")]  # 30 dB: fast again, left out
     assert all(c.other is None for c in chosen)
 
 
 def test_choice_follows_the_prompt_and_is_faster_than_plain() -> None:
-    found = _points(("plan", "deaf", 3.0, 45.0), ("plan", "slow", 0.9, 60.0), ("plan", "good", 1.5, 42.0))
+    found = points(("plan", "deaf", 3.0, 45.0), ("plan", "slow", 0.9, 60.0), ("plan", "good", 1.5, 42.0))
     deaf = copy.deepcopy(dict(found[1].row))
     deaf["adherence"]["all"] = {"right": 10, "trials": 50, "accuracy": 0.2, "interval95": [0.11, 0.33]}
     found = cells([found[0].row, deaf, found[2].row, found[3].row])
@@ -89,7 +70,7 @@ def test_choice_follows_the_prompt_and_is_faster_than_plain() -> None:
 
 def test_sentences_name_the_choice_its_rival_and_what_is_beaten() -> None:
     said = sentences(
-        _points(*CURVE, ("plan", "mine", 2.5, 52.0), ("plan", "lost", 2.5, 44.0), ("peer", "theirs", 2.4, 43.0))
+        points(*CURVE, ("plan", "mine", 2.5, 52.0), ("plan", "lost", 2.5, 44.0), ("peer", "theirs", 2.4, 43.0))
     )
     assert said[0] == (
         "Practically identical to plain (50 dB or more): mine, 2.50x at 52.0 dB. "
@@ -106,4 +87,4 @@ def test_sweeps_are_counted_not_listed() -> None:
 
 
 def test_nothing_to_choose_is_said() -> None:
-    assert sentences(_points(("plan", "mine", 0.8, 20.0))) == ["No arm was faster than plain at 30 dB or more."]
+    assert sentences(points(("plan", "mine", 0.8, 20.0))) == ["No arm was faster than plain at 30 dB or more."]
