@@ -67,7 +67,8 @@ def _target(trace: Trace) -> torch.Tensor:
 
 def _oracle(search: ScheduleSearch, budget: int, evaluate: EndError) -> tuple[tuple[int, ...], float]:
     """The best of all schedules with so many computed steps. Neighbours in this order begin alike, to save calls."""
-    best, least = (), float("inf")
+    best: tuple[int, ...] = ()
+    least = float("inf")
     for rest in combinations(range(1, search.steps), budget - 1):
         schedule = search.assemble((0, *rest), names=(FITTED,))
         error = evaluate(schedule)

@@ -353,7 +353,7 @@ class _Tuner:
 
     # --- measuring ----------------------------------------------------------------------------------------------
     def _measure(self) -> Point | None:
-        """Time the best candidates; where they fall short on fresh seeds, the next ones."""
+        """Time the best candidates, and the next ones while these fall short on fresh seeds or promise more."""
         waiting = self._ranked()
         chosen: Point | None = None
         for _ in range(3):
@@ -363,9 +363,15 @@ class _Tuner:
             for point in self._timed(batch):
                 self.points[point.candidate.label] = point
             chosen = self._best()
-            if chosen is not None:
+            if chosen is not None and not any(self._promises(point, chosen) for point in waiting):
                 break
         return chosen
+
+    def _promises(self, point: Point, chosen: Point) -> bool:
+        """Whether a candidate that was not timed is expected to be better than the best one that was."""
+        if self.target.min_psnr is not None:
+            return point.expected_speedup > 1.02 * chosen.speedup
+        return point.psnr > chosen.decibels
 
     def _ranked(self) -> list[Point]:
         """Candidates that meet the target as far as is known, the best first."""

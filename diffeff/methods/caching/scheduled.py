@@ -9,11 +9,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from diffeff.anatomy.types import DenoiserMap
@@ -21,7 +20,9 @@ from diffeff.core.config import Config, knob
 from diffeff.core.method import Claim, Layer, Method
 from diffeff.core.run import Run, StepCall
 from diffeff.errors import ConfigError, MethodInapplicable
+from diffeff.methods.caching.few_steps import caution
 from diffeff.methods.caching.predictor import PREDICTORS, combine, time_axis
+from diffeff.methods.guidance.branches import Rows, conditional_alone, halves
 
 __all__ = ["ACTIONS", "DELTAS", "FITTED", "Entry", "ScheduledCache", "ScheduledCacheMethod", "entries_of"]
 
@@ -244,6 +245,10 @@ class ScheduledCacheMethod(Method[ScheduledCache]):
             f"the conditional branch, {counts['none']} nothing"
         )
 
+    def begin(self, run: Run) -> None:
+        if run.clock.length != len(self.config.actions):  # at the steps it was tuned on it was measured
+            caution(run)
+
     def _ledger(self, run: Run) -> _Ledger:
         return run.state(self, lambda: self._open(run), site="schedule", branch="")
 
@@ -268,7 +273,9 @@ class ScheduledCacheMethod(Method[ScheduledCache]):
         halve = ledger.entries[k].action == "cond" and bool(ledger.differences)
         rows = run.guidance_rows(call) if call.branch == "both" else None
         if rows is not None:
-            return self._batched(ledger, k, call, rows, proceed) if halve else self._pair(ledger, call, rows, proceed)
+            if not halve:
+                return self._pair(ledger, call, rows, proceed)
+            return conditional_alone(call, rows, proceed, lambda cond: self._estimate(ledger, k, cond))
         if call.branch != "uncond":
             found = proceed(call)
             ledger.cond = (k, found.detach()) if call.branch == "cond" else ledger.cond
@@ -281,26 +288,11 @@ class ScheduledCacheMethod(Method[ScheduledCache]):
             ledger.differences.append(cond.float() - found.float())
         return found
 
-    def _pair(
-        self, ledger: _Ledger, call: StepCall, rows: tuple[Tensor, Tensor], proceed: Callable[[StepCall], Tensor]
-    ) -> Tensor:
+    def _pair(self, ledger: _Ledger, call: StepCall, rows: Rows, proceed: Callable[[StepCall], Tensor]) -> Tensor:
         both = proceed(call)
-        uncond, cond = (both.index_select(0, r.to(both.device)) for r in rows)
+        uncond, cond = halves(both, rows)
         ledger.differences.append(cond.float() - uncond.float())
         return both
-
-    def _batched(
-        self,
-        ledger: _Ledger,
-        k: int,
-        call: StepCall,
-        rows: tuple[Tensor, Tensor],
-        proceed: Callable[[StepCall], Tensor],
-    ) -> Tensor:
-        """A call with both branches of which the conditional rows are computed."""
-        cond = proceed(replace(call.take(rows[1]), branch="cond"))
-        halves = [self._estimate(ledger, k, cond), cond]
-        return torch.cat(halves if int(rows[0][0]) == 0 else halves[::-1])
 
     def _estimate(self, ledger: _Ledger, k: int, cond: Tensor) -> Tensor:
         """The unconditional prediction that stands in: cond less the estimated difference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from diffeff.core.config import Config, knob
 from diffeff.core.method import Claim, Layer, Method
 from diffeff.core.run import Clock, Run, StepCall
 from diffeff.errors import ConfigError
+from diffeff.methods.guidance.branches import Rows, conditional_alone, halves
 
 __all__ = ["GuidanceLedger", "GuidanceSkip", "GuidanceSkipMethod", "estimate", "scale_bands", "similarity"]
 
@@ -176,19 +177,17 @@ class GuidanceSkipMethod(Method[GuidanceSkip]):
         clock: Clock,
         ledger: GuidanceLedger,
         call: StepCall,
-        rows: tuple[Tensor, Tensor],
+        rows: Rows,
         proceed: Callable[[StepCall], Tensor],
     ) -> Tensor:
         """A call with both branches; `rows` are the unconditional and the conditional ones."""
         ledger.asked += 1
         if self._computes(clock, ledger):
             both = proceed(call)
-            uncond, cond = (both.index_select(0, r.to(both.device)) for r in rows)
+            uncond, cond = halves(both, rows)
             self._remember(clock, ledger, cond, uncond)
             return both
-        cond = proceed(replace(call.take(rows[1]), branch="cond"))
-        halves = [self._fill(clock, ledger, cond), cond]
-        return torch.cat(halves if int(rows[0][0]) == 0 else halves[::-1])
+        return conditional_alone(call, rows, proceed, lambda cond: self._fill(clock, ledger, cond))
 
     # --- decisions ----------------------------------------------------------------------------------------------
     def _computes(self, clock: Clock, ledger: GuidanceLedger) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +14,10 @@ from diffeff.core.config import Config, knob
 from diffeff.core.method import Claim, Layer, Method
 from diffeff.core.run import Run, StepCall
 from diffeff.errors import ConfigError, MethodInapplicable
+from diffeff.methods.caching.predictor import accumulate
+from diffeff.methods.guidance.branches import Rows, conditional_alone, halves
 
-__all__ = ["FittedSolver", "FittedSolverMethod", "deltas_known", "weighted"]
+__all__ = ["FittedSolver", "FittedSolverMethod", "deltas_known"]
 
 DELTAS = 2
 """How many earlier guidance differences an estimated one may draw on."""
@@ -24,15 +26,6 @@ DELTAS = 2
 def deltas_known(guided: Sequence[int], step: int) -> int:
     """How many computed guidance differences are at hand before evaluation `step`."""
     return min(DELTAS, sum(g < step for g in guided))
-
-
-def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum in float32 (float64 stays). Always a new tensor."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = torch.zeros_like(tensors[0], dtype=wide)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor.to(wide), alpha=weight)
-    return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,24 +165,22 @@ class FittedSolverMethod(Method[FittedSolver]):
         ledger: _Ledger,
         k: int,
         call: StepCall,
-        rows: tuple[Tensor, Tensor],
+        rows: Rows,
         proceed: Callable[[StepCall], Tensor],
     ) -> Tensor:
         """A call with both branches; `rows` are the unconditional and the conditional ones."""
         if k in self.config.guided:
             both = proceed(call)
-            uncond, cond = (both.index_select(0, r.to(both.device)) for r in rows)
+            uncond, cond = halves(both, rows)
             ledger.differences[k] = cond.float() - uncond.float()
             return both
-        cond = proceed(replace(call.take(rows[1]), branch="cond"))
-        halves = [self._estimate(ledger, k, cond), cond]
-        return torch.cat(halves if int(rows[0][0]) == 0 else halves[::-1])
+        return conditional_alone(call, rows, proceed, lambda cond: self._estimate(ledger, k, cond))
 
     def _estimate(self, ledger: _Ledger, k: int, cond: Tensor) -> Tensor:
         """The unconditional prediction that stands in: cond less the estimated difference."""
         ledger.left_out += 1
         known = [ledger.differences[j] for j in sorted(ledger.differences)[-DELTAS:]]
-        difference = weighted([*known, cond], self.config.delta(k))
+        difference = accumulate([*known, cond], self.config.delta(k))
         return (cond.float() - difference).to(cond.dtype)
 
     def around_update(
@@ -197,7 +188,7 @@ class FittedSolverMethod(Method[FittedSolver]):
     ) -> Any:
         ledger, k = self._ledger(run), len(self._ledger(run).predictions)
         ledger.predictions.append(prediction.detach())
-        return weighted([latents, *ledger.predictions], self.config.update(k)).to(latents.dtype)
+        return accumulate([latents, *ledger.predictions], self.config.update(k)).to(latents.dtype)
 
     def engaged(self, run: Run) -> tuple[bool, str]:
         found = [s for s in run.states(self).values() if isinstance(s, _Ledger)]
