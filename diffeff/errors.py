@@ -13,6 +13,7 @@ __all__ = [
     "DiffEffWarning",
     "ForeignPatchError",
     "KernelUnavailable",
+    "MemoryBudgetError",
     "MethodInapplicable",
     "MissingExtra",
     "ModelLoadError",
@@ -80,6 +81,10 @@ class RunInProgress(DiffEffError):
 
 class KernelUnavailable(DiffEffError):
     """A kernel that was asked for by name cannot run on this device."""
+
+
+class MemoryBudgetError(DiffEffError):
+    """A call cannot fit a memory budget, or cannot be estimated; gives the numbers, the stage and what would help."""
 
 
 class MissingExtra(DiffEffError, ImportError):

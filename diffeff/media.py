@@ -195,8 +195,10 @@ def _read_video(path: Path) -> Clip:
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise ValueError(f"it is damaged or cut off after {len(frames)} frames")
+            if packet.size:
+                packets += 1
             if packet.pts is not None:
-                packets, end = packets + 1, max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             decoded: Any = packet.decode()
             frames += [frame.to_ndarray(format="rgb24") for frame in decoded]
         if not frames:
@@ -207,11 +209,11 @@ def _read_video(path: Path) -> Clip:
 
 
 def _cut_off(container: Any, stream: Any, packets: int, end: float) -> bool:
-    """Whether the header promises more than came: frames in mp4 and mov; seconds in mkv and webm without sound.
+    """Whether the header promises more than came: frames in mp4, mov and avi; seconds in mkv and webm without sound.
 
     ffmpeg itself takes a file that ends between two frames for a whole one.
     """
-    if "mp4" in container.format.name:
+    if "mp4" in container.format.name or container.format.name == "avi":
         return bool(packets < stream.frames)
     if "matroska" not in container.format.name or len(container.streams) > 1:
         return False

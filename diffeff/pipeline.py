@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,12 +23,18 @@ from diffeff.anatomy.types import DenoiserMap
 from diffeff.core.config import Config
 from diffeff.core.session import Session
 from diffeff.errors import DiffEffError, DiffEffWarning, RunInProgress
-from diffeff.memory import peak_memory
+from diffeff.memory import available_bytes, held_bytes, peak_memory
 from diffeff.plan import Plan, check_methods
 from diffeff.report import Report
 from diffeff.stamp import stamp_of
 
 if TYPE_CHECKING:
+    from diffeff.core.method import Undo
+    from diffeff.core.run import Run
+    from diffeff.methods.memory.estimate import Estimate
+    from diffeff.methods.memory.ladder import Rung
+    from diffeff.methods.memory.planner import MemoryGoal, MemoryPlan
+    from diffeff.methods.memory.recovery import MemoryKeeper
     from diffeff.search.points import Tuned
 
 __all__ = ["DiffEffPipeline"]
@@ -43,7 +51,7 @@ _REBUILDING = frozenset(
         "load_textual_inversion", "enable_lora", "disable_lora", "set_adapters",
     }
 )  # fmt: skip
-_OWN = frozenset({"_pipe", "_session", "_plan", "_report", "_load_seconds"})
+_OWN = frozenset({"_pipe", "_session", "_plan", "_report", "_load_seconds", "_keeper", "_asked", "_actions"})
 Planlike = Plan | Config | str | os.PathLike[str] | Iterable[Config]
 
 
@@ -55,7 +63,7 @@ class DiffEffPipeline:
     plan is applied, `pipe.report` says after each call what was engaged and what it cost.
     """
 
-    def __init__(self, pipe: Any, plan: Planlike | None = None) -> None:
+    def __init__(self, pipe: Any, plan: Planlike | None = None, memory: MemoryGoal | str | int | None = None) -> None:
         if isinstance(pipe, DiffEffPipeline):
             pipe = pipe.wrapped
         if not isinstance(pipe, DiffusionPipeline):
@@ -68,13 +76,22 @@ class DiffEffPipeline:
         self._plan = Plan()
         self._report: Report | None = None
         self._load_seconds: float | None = None
-        if plan is not None:
-            self.apply(plan)
+        self._keeper: MemoryKeeper | None = None
+        self._asked = Plan()
+        self._actions: Undo | None = None
+        if plan is not None or memory is not None:
+            self.apply(() if plan is None else plan, memory=memory)
 
     # --- load and save ------------------------------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], plan: Planlike | None = None, **kwargs: Any) -> Self:
-        """Load a bundled model by name, a local folder, or a hub id, and apply a plan.
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        plan: Planlike | None = None,
+        memory: MemoryGoal | str | int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a bundled model by name, a local folder, or a hub id, and apply a plan and a memory budget.
 
         A folder written by `save_pretrained` brings its own plan unless `plan` is given. Only safetensors weights are
         read unless `use_safetensors=False`; no code from the model's folder runs unless `trust_remote_code` or
@@ -86,10 +103,10 @@ class DiffEffPipeline:
         wrapped = cls(pipe)
         wrapped._load_seconds = time.perf_counter() - start
         saved = Path(name) / loading.PLAN_FILE
-        if plan is not None:
-            wrapped.apply(plan)
-        elif saved.is_file():
-            wrapped.apply(Plan.load(saved))
+        if plan is None and saved.is_file():
+            plan = Plan.load(saved)
+        if plan is not None or memory is not None:
+            wrapped.apply(() if plan is None else plan, memory=memory)
         return wrapped
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> Path:
@@ -124,15 +141,26 @@ class DiffEffPipeline:
         """What the last call did; None before the first call with a plan."""
         return self._report
 
-    def apply(self, plan: Planlike) -> Self:
+    def apply(self, plan: Planlike = (), *, memory: MemoryGoal | str | int | None = None) -> Self:
         """Put a plan on, in place of the present one: a Plan, configs, a preset's name or a plan file's path.
 
         Checks everything before anything is touched. Raises PlanConflict, MethodInapplicable, UnsupportedModel or
         ArtefactError with the old plan still in place.
+
+        `memory`, such as "8GB", keeps every call within that many bytes in all: before a call of a new size the memory
+        is estimated, and the cheapest steps that make it fit are added to the plan (docs/memory.md). A call that
+        cannot fit raises MemoryBudgetError, with the numbers, before it starts.
         """
         chosen = Plan.of(plan)
         if self._session is not None and self._session.run is not None:
             raise RunInProgress("a plan cannot be changed while the pipeline is running")
+        keeper = _keeper(memory)
+        self._swap(chosen)
+        self._drop_actions()
+        self._asked, self._keeper = chosen, keeper
+        return self
+
+    def _swap(self, chosen: Plan) -> None:
         before = self._plan
         attached = self._session is not None
         self._detach()
@@ -142,7 +170,61 @@ class DiffEffPipeline:
             if attached:
                 self._attach(before)
             raise
-        return self
+
+    # --- memory budget ------------------------------------------------------------------------------------------
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What `apply(..., memory=...)` decided for the last call: the steps, and the bytes predicted per stage."""
+        return None if self._keeper is None else self._keeper.plan
+
+    def plan_memory(self, memory: MemoryGoal | str | int, **call: Any) -> MemoryPlan:
+        """How a call with these arguments would be made to fit `memory`, without running it or changing anything.
+
+        Raises MemoryBudgetError, with the numbers, when it cannot fit.
+        """
+        from diffeff.methods.memory.planner import MemoryGoal
+
+        return self._planned(MemoryGoal.of(memory), call)
+
+    def estimate_memory(self, **call: Any) -> Estimate:
+        """Peak bytes of each stage of a call with these arguments under the present plan, without running it."""
+        from diffeff.methods.memory.estimate import estimate_peak
+
+        with self._plan_off():
+            here = self.denoisers
+            methods = self._plan.build()
+            for method in methods:
+                method.bind(here)
+            device = torch.device(self._pipe._execution_device)
+            return estimate_peak(self._pipe, here, call, methods, _room(self._pipe, device)[0])
+
+    def _planned(self, goal: MemoryGoal, call: Mapping[str, Any]) -> MemoryPlan:
+        from diffeff.methods.memory.planner import plan_memory
+
+        with self._plan_off():
+            here = self.denoisers
+            device = torch.device(self._pipe._execution_device)
+            process, free = _room(self._pipe, device)
+            asked = self._asked.methods if self._keeper is not None else self._plan.methods
+            return plan_memory(self._pipe, here, asked, goal, call, check=check_methods, process=process, free=free)
+
+    def _adopt(self, rung: Rung) -> None:
+        """Put a step of the memory ladder on."""
+        from diffeff.methods.memory.ladder import put_on
+
+        self._detach()
+        self._drop_actions()
+        self._actions = put_on(self._pipe, rung.actions, torch.device(self._pipe._execution_device))
+        self._attach(Plan(rung.methods, self._asked.model, self._asked.artefacts, self._asked.folder))
+
+    def _drop_actions(self) -> None:
+        undo, self._actions = self._actions, None
+        if undo is not None:
+            with self._plan_off():
+                undo()
+
+    def _last_run(self) -> Run | None:
+        return None if self._session is None else self._session.last
 
     def tune(self, prompts: Sequence[Any], **options: Any) -> Tuned:
         """Find the fastest plan that keeps `min_psnr` dB to the plain run (or the most faithful one at `min_speedup`).
@@ -156,7 +238,9 @@ class DiffEffPipeline:
     def remove(self) -> Self:
         """Take the plan off: bit-identical to never having applied it. Calling it twice is harmless."""
         self._detach()
-        self._plan = Plan()
+        self._drop_actions()
+        self._plan = self._asked = Plan()
+        self._keeper = None
         return self
 
     def _attach(self, plan: Plan) -> None:
@@ -197,10 +281,24 @@ class DiffEffPipeline:
         """Run the pipeline; same arguments and output as diffusers."""
         if self._session is None:
             return self._pipe(*args, **kwargs)
-        if self._session.outdated():
+        if self._keeper is None:
+            return self._run_attached(*args, **kwargs)
+        call = inspect.signature(type(self._pipe).__call__).bind(self._pipe, *args, **kwargs).arguments
+        result, notes = self._keeper.call(self, dict(list(call.items())[1:]))
+        if self._report is not None:
+            self._report = replace(self._report, warnings=(*self._report.warnings, *notes))
+        return result
+
+    def _run(self, call: Mapping[str, Any]) -> Any:
+        return self._run_attached(**call)
+
+    def _run_attached(self, *args: Any, **kwargs: Any) -> Any:
+        if self._session is not None and self._session.outdated():
             with self._plan_off():  # the user put another denoiser in, or compiled this one: the plan follows
                 log.info("a denoiser of %s was replaced or compiled; applying the plan anew", type(self._pipe).__name__)
         session = self._session
+        if session is None:
+            return self._pipe(*args, **kwargs)
         device = self._pipe._execution_device
         try:
             with peak_memory(torch.device(device)) as peak, session.managed_run():
@@ -253,6 +351,27 @@ class DiffEffPipeline:
 
     def __repr__(self) -> str:
         return f"DiffEffPipeline({type(self._pipe).__name__}, {self._plan})"
+
+
+def _keeper(memory: MemoryGoal | str | int | None) -> MemoryKeeper | None:
+    if memory is None:
+        return None
+    from diffeff.methods.memory.planner import MemoryGoal
+    from diffeff.methods.memory.recovery import MemoryKeeper
+
+    return MemoryKeeper(MemoryGoal.of(memory))
+
+
+def _room(pipe: Any, device: torch.device) -> tuple[int, int | None]:
+    """Bytes that the process holds besides the weights (0 but on a CPU), and bytes a call may hold in all."""
+    from diffeff.methods.memory.estimate import weight_bytes
+
+    held, free = held_bytes(device) or 0, available_bytes(device)
+    total = None if free is None else held + free
+    if device.type != "cpu":
+        return 0, total
+    weights = sum(size for size, here in weight_bytes(pipe, device).values() if here)
+    return max(held - weights, 0), total
 
 
 def _compare_stamps(plan: Plan, pipe: Any, described: tuple[DenoiserMap, ...]) -> None:

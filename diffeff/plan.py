@@ -194,6 +194,11 @@ _EXCLUSIONS: dict[tuple[Claim, Claim], tuple[str, str]] = {
         "both would skip work on the same steps and their errors would compound unseen",
         "keep one of them, or use one cache with the site that suits the model",
     ),
+    (Claim.SKIP_MODULE, Claim.SLICES): (
+        "a cache of attention and feed-forward modules keeps what they return for all rows, and sliced blocks call "
+        "them once for every slice",
+        "use a cache of blocks or steps",
+    ),
 }
 
 

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "app", "main"]
 COMMANDS = {
     "generate": "Make a clip or a picture from a prompt; with --compare, show what a plan buys and costs.",
     "tune": "Find the fastest plan that keeps a fidelity target on your model; measure and save it.",
+    "train-router": "Learn, without data, which module to compute at which step; save it as a plan (HarmoniCa).",
     "eval": "Measure a folder, or a model with a plan: fidelity, FID, KID, CLIP score, adherence; gates for CI.",
     "bench": "Measure plans beside other acceleration tools and fewer steps; matrix, scaling, HTML report.",
     "inspect": "Describe a model: its blocks, its attentions, and what each method could act on.",

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from diffeff.cli.bench_output import bench_table, finish, kept, matrix_table, progress, scaling_table
+from diffeff.cli.bench_output import bench_table, finish, kept, kernels_table, matrix_table, progress, scaling_table
 from diffeff.cli.console import err, out
 from diffeff.cli.flags import command
 from diffeff.cli.group import EPILOG
@@ -63,6 +63,13 @@ _SCALING = """Measure how time and memory of a model grow with tokens, frames, s
 diffeff bench scaling sprites-wan
 diffeff bench scaling sprites-wan --axes frames,steps --plan balanced --out scaling.jsonl"""
 
+_KERNELS = """Time every kernel beside torch's own ways to compute the same, against the device's measured ceilings.
+
+\b
+[bold]Examples[/]
+diffeff bench kernels
+diffeff bench kernels --kernels temporal_attention,sliced_attention --device cuda --dtype float16 -o kernels.jsonl"""
+
 _REPORT = """Make one self-contained HTML page from the rows of benches: tables, plots and the clips side by side.
 
 \b
@@ -102,6 +109,7 @@ def build() -> typer.Typer:
     app.command("run", help=_RUN % _folded(PEERS), epilog=EPILOG)(command(Request, run, {}))
     app.command("matrix", help=_MATRIX, epilog=EPILOG)(matrix)
     app.command("scaling", help=_SCALING, epilog=EPILOG)(scaling)
+    app.command("kernels", help=_KERNELS, epilog=EPILOG)(kernels)
     app.command("report", help=_REPORT, epilog=EPILOG)(report)
     return app
 
@@ -283,6 +291,34 @@ def scaling(
     with progress(json) as observe:
         rows = kept(measure_scaling(settings, observe), file)
     finish(rows, file, json, scaling_table)
+
+
+def kernels(
+    names: Annotated[str | None, typer.Option("--kernels", help="Kernels, comma-separated; all if left out.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that each way takes.")] = 15,
+    size: Annotated[
+        Literal["auto", "full", "small"], typer.Option(help="auto is that of real models on cuda and small elsewhere.")
+    ] = "auto",
+    device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto",
+    dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto",
+    file: Annotated[Path | None, typer.Option("-o", "--out", help="JSON-lines file that gets the rows.")] = None,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """The command's work."""
+    from diffeff.eval.bench.kernels import KernelSettings, measure_kernels
+
+    _check(file)
+    place, precision = placement(device, dtype)
+    settings = KernelSettings(
+        kernels=_list(names),
+        rounds=rounds,
+        device=place,
+        dtype=str(precision).removeprefix("torch."),
+        full=None if size == "auto" else size == "full",
+    )
+    with progress(json) as observe:
+        rows = kept(measure_kernels(settings, observe), file)
+    finish(rows, file, json, kernels_table)
 
 
 def report(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from diffeff.cli.console import emit, err, out, table
 
-__all__ = ["bench_table", "finish", "kept", "matrix_table", "progress", "scaling_table"]
+__all__ = ["bench_table", "finish", "kept", "kernels_table", "matrix_table", "progress", "scaling_table"]
 
 Rows = list[dict[str, Any]]
 
@@ -95,6 +95,22 @@ def matrix_table(rows: Rows) -> Table:
         words = [row["family"], row["method"], row["status"], "-" if left is None else f"{100 * left:.0f} %"]
         shown.add_row(*words, escape(str(row["reason"] or "")))
     return shown
+
+
+def kernels_table(rows: Rows) -> Table:
+    """Arms of each kernel's cases."""
+    shown = table("kernel", "shape", "way", "runs", "ms", "times baseline's speed", "of copy", "of matmul", "copies")
+    for row in rows:
+        words = [row["kernel"], row["shape"], row["arm"], row["path"]]
+        shown.add_row(*words, *(_kernel_cells(row) if row["status"] == "ok" else [f"[red]{escape(row['reason'])}[/]"]))
+    return shown
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str]:
+    ratio = row["ratio"]
+    times = "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
+    shares = [f"{100 * row[name]:.0f} %" for name in ("of_copy", "of_matmul")]
+    return [f"{row['milliseconds']['median']:.3f}", times, *shares, str(row["copies"])]
 
 
 def scaling_table(rows: Rows) -> Table:

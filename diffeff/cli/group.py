@@ -45,7 +45,7 @@ class LateCommands(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name is None or stub is None:
             return name, stub, rest
-        command = typer.main.get_command(import_module(f"diffeff.cli.{name}").build())
+        command = typer.main.get_command(import_module(f"diffeff.cli.{name.replace('-', '_')}").build())
         command.name = name
         return name, command, rest
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from diffeff.cli.console import emit, out, quiet_libraries, table
 from diffeff.cli.group import alone
+from diffeff.cli.inspect_memory import show_memory
 from diffeff.cli.progress import Stages
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "inspect"]
 
+_PANEL = "Memory"
 _HELP = """Describe a model: its blocks, its attentions, its guidance, and what each method could act on.
 
 Nothing is changed. A description that was guessed from diffusers' own block metadata, and not written for this
@@ -26,7 +28,8 @@ family of models, is marked generic.
 \b
 [bold]Examples[/]
 diffeff inspect sprites-wan
-diffeff inspect ./my-model --json"""
+diffeff inspect ./my-model --json
+diffeff inspect ./my-model --memory --height 480 --width 832 --frames 81 --budget 24GB"""
 
 
 def build() -> typer.Typer:
@@ -37,8 +40,29 @@ def build() -> typer.Typer:
 def inspect(
     model: Annotated[str, typer.Argument(help="A bundled model, a folder, or a hub id.")],
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON on stdout.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", metavar="", help="Estimate the peak memory of a call, stage by stage.")
+    ] = False,
+    height: Annotated[int | None, typer.Option(min=1, help="Of --memory: pixels.", rich_help_panel=_PANEL)] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of --memory: pixels.", rich_help_panel=_PANEL)] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a video.", rich_help_panel=_PANEL)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.", rich_help_panel=_PANEL)] = 1,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is no guidance.", rich_help_panel=_PANEL)
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Find the cheapest steps that fit, such as 8GB; or auto.", rich_help_panel=_PANEL),
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="A preset or plan file to estimate with.", rich_help_panel=_PANEL)
+    ] = None,
 ) -> None:
     """The command's work."""
+    sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
+    if memory or budget is not None:
+        show_memory(model, sizes, guidance, budget, plan, json)
+        return
     with Stages(quiet=json) as stages:
         stages.begin("load " + model)
         quiet_libraries()

@@ -6,6 +6,7 @@ The Python API, the CLI flags, the web controls and the ComfyUI inputs are all g
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -98,9 +99,14 @@ class Config:
 
 
 def knobs(config: type[Config]) -> tuple[Knob, ...]:
-    """The options of a config class in order of declaration."""
+    """The options of a config class in order of declaration, its own before those it shares with others."""
     hints = typing.get_type_hints(config)
-    return tuple(_knob(f, hints[f.name]) for f in fields(config))
+    return tuple(_knob(f, hints[f.name]) for f in sorted(fields(config), key=lambda f: _depth(config, f.name)))
+
+
+def _depth(config: type[Config], name: str) -> int:
+    """How many classes up a field was first declared."""
+    return max(i for i, base in enumerate(config.__mro__) if name in inspect.get_annotations(base))
 
 
 def _knob(f: dataclasses.Field[Any], hint: Any) -> Knob:

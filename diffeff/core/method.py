@@ -187,9 +187,9 @@ class Method(Generic[ConfigT]):
         return proceed(streams)
 
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
-        """Around one attention or feed-forward module as a whole. `hidden` is its first input; outputs are a tuple,
-        also where the module returns a single tensor (joint attentions return one per stream). `proceed(other)` computes
-        it on another first input, such as some of the tokens."""
+        """Around one whole attention or feed-forward module. `hidden` is its first input; outputs are a tuple,
+        also where the module returns a single tensor (joint attentions return one per stream).
+        `proceed(other)` computes it on another first input, such as some of the tokens."""
         return proceed()
 
     def around_attention(

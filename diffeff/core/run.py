@@ -246,8 +246,9 @@ class Run:
             self.warnings.append(message)
 
     def bytes_held(self) -> int:
-        """Bytes of tensors held in states (lists, tuples, queues, dicts, dataclass fields and Streams)."""
-        return sum(_bytes(value, 0) for value in self._states.values())
+        """Bytes of tensors held in states (lists, tuples, queues, dicts, dataclass fields and Streams), each once."""
+        found = {id(t): t for value in self._states.values() for t in _tensors(value)}
+        return sum(t.numel() * t.element_size() for t in found.values())
 
     def guidance_rows(self, call: StepCall) -> tuple[Tensor, Tensor] | None:
         """(unconditional, conditional) row indices of a batched-guidance call; None when the call has one branch.
@@ -262,14 +263,15 @@ class Run:
         return (second, first) if call.denoiser.cfg is CFG.BATCHED_COND_FIRST else None
 
 
-def _bytes(value: Any, depth: int) -> int:
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        yield value
+        return
     if depth > 8:
-        return 0
+        return
     if isinstance(value, Mapping):
-        return sum(_bytes(v, depth + 1) for v in value.values())
-    if isinstance(value, list | tuple | deque):
-        return sum(_bytes(v, depth + 1) for v in value)
-    inner = getattr(value, "__dict__", None)
-    return sum(_bytes(v, depth + 1) for v in inner.values()) if isinstance(inner, dict) else 0
+        value = list(value.values())
+    if not isinstance(value, list | tuple | deque):
+        value = list(vars(value).values()) if isinstance(getattr(value, "__dict__", None), dict) else []
+    for inner in value:
+        yield from _tensors(inner, depth + 1)

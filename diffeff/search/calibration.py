@@ -33,6 +33,7 @@ CALIBRATIONS: Mapping[str, str] = MappingProxyType(
     {
         "teacache": "diffeff.search.calibration:calibrate_teacache",
         "magcache": "diffeff.search.calibration:calibrate_magcache",
+        "l2p": "diffeff.search.predictor_fit:calibrate_l2p",
         "meancache": "diffeff.search.mean_velocity:calibrate_meancache",
         "step_rehash": "diffeff.search.profiles:similarity_profile",
         "smoothcache": "diffeff.search.profiles:error_table",

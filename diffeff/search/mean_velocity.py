@@ -14,7 +14,7 @@ from diffeff.core.run import Clock
 from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.informed import MeanVelocity
 from diffeff.methods.caching.predictor import combine
-from diffeff.methods.caching.published.meancache import MeanCache
+from diffeff.methods.caching.published.meancache import MeanCache, no_velocities
 from diffeff.methods.caching.track import Moment, Snapshot
 from diffeff.search.trace import Job, record
 
@@ -25,17 +25,18 @@ _SPANS = (1, 2, 3, 4, 5, 6)
 
 def calibrate_meancache(pipe: Any, job: Job, config: MeanCache) -> MeanCache:
     """Chooses `config.computed` calls and the span after each. Raises ConfigError where the run has no more steps,
-    MethodInapplicable where the scheduler has no noise levels."""
+    MethodInapplicable for schedules of other than flow matching."""
     trace = record(pipe, job)
     clock = Clock()
     wind(clock, pipe.wrapped.scheduler)
-    if clock.sigmas is None or clock.total < trace.steps:
-        raise MethodInapplicable("meancache: the scheduler tells no noise levels, which velocities are integrated over")
+    reason = no_velocities(clock)
+    if reason:
+        raise MethodInapplicable(f"meancache: {reason}")
     if not config.computed < trace.steps:
         raise ConfigError(
             f"meancache.computed is {config.computed}, of {trace.steps} steps; allowed: 2 to {trace.steps - 1}"
         )
-    sigmas = tuple(clock.sigmas[: trace.steps].tolist())
+    sigmas = () if clock.sigmas is None else tuple(clock.sigmas[: trace.steps].tolist())
     costs, spans = edge_costs(trace.predictions, sigmas)
     path = best_path(costs, config.computed, config.gamma)
     ends = [*path[1:], len(sigmas)]

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffeff.memory import peak_memory
+from diffeff.memory import available_bytes, held_bytes, peak_memory
 
 __all__ = ["Memory", "available_bytes", "held_bytes", "measured"]
-
-_STATUS = Path("/proc/self/status")
-_INFO = Path("/proc/meminfo")
 
 
 @dataclass
@@ -42,26 +38,3 @@ def measured(device: torch.device) -> Iterator[Memory]:
     if peak.bytes is not None and before is not None:
         memory.above_load_bytes = peak.bytes - before
     memory.how = f"{'allocated on CUDA' if device.type == 'cuda' else 'resident set'}, one call in a fresh process"
-
-
-def held_bytes(device: torch.device) -> int | None:
-    """What is held now: allocated on CUDA, resident elsewhere; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _kilobytes(_STATUS, "VmRSS:")
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """What could still be taken: free memory of the CUDA device, or of the machine; None where it does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _kilobytes(_INFO, "MemAvailable:")
-
-
-def _kilobytes(file: Path, key: str) -> int | None:
-    if not file.exists():
-        return None
-    for line in file.read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return None

@@ -16,7 +16,7 @@ from diffeff.cli import app
 from diffeff.cli.group import GATE_FAILED
 from diffeff.eval.metrics.table import METRICS
 
-SMALL = ("--size", "32x32", "--frames", "5", "--steps", "6")
+SMALL = ("--size", "32x32", "--frames", "5", "--steps", "9")
 
 
 def cli(*words: str | Path) -> Result:

@@ -21,6 +21,7 @@ from diffeff.errors import (
     DiffEffError,
     DiffEffWarning,
     ForeignPatchError,
+    MethodInapplicable,
     ModelLoadError,
     OutputError,
     PlanFormatError,
@@ -109,7 +110,7 @@ def test_plan_for_another_model_warns_with_both_fingerprints() -> None:
 
 def test_too_few_steps_for_a_cache() -> None:
     pipe = DiffEffPipeline(make("wan"), plan=[FeatureCache(site="step", first=3, last=2)])
-    with pytest.raises(ConfigError, match="steps"):
+    with pytest.raises(MethodInapplicable, match="4 steps are too few for a cache"):
         run("wan", pipe, steps=4)
     fresh = run("wan", DiffEffPipeline(make("wan"), plan=[FeatureCache(site="step", first=3, last=2)]), steps=10)
     assert torch.equal(run("wan", pipe, steps=10), fresh)

@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "diffeff.errors",
         "diffeff.anatomy.types",
         "diffeff.anatomy.layers",
+        "diffeff.anatomy.block_io",
         "diffeff.core",
         "diffeff.kernels",
     ),

@@ -1,4 +1,4 @@
-"""The settings of `diffeff.zoo.tiny.settings`, under the short name that tests use; a new method gets its line there."""
+"""The settings of `diffeff.zoo.tiny.settings`, under the short name that tests use; new methods get a line there."""
 
 from diffeff.zoo.tiny import EXTRA, SMALL, entries
 

@@ -12,11 +12,14 @@ from torch import Tensor
 from diffeff.anatomy.types import DenoiserMap
 from diffeff.core.method import Method
 from diffeff.core.run import Clock, Run
-from diffeff.errors import ConfigError, MethodInapplicable
+from diffeff.errors import MethodInapplicable
+from diffeff.methods.caching.few_steps import caution, refuse_protected
 from diffeff.methods.caching.policy import Action, Threshold
 from diffeff.methods.caching.predictor import time_axis
+from diffeff.methods.caching.ranks import Ranks, ranks_of
 from diffeff.methods.caching.recipe import CacheConfig, Recipe
 from diffeff.methods.caching.track import Moment, Part, Statistics, Track
+from diffeff.methods.caching.vault import HostMemory, Shelf, Vault
 
 __all__ = ["CacheMethod", "Ledger", "join"]
 
@@ -29,6 +32,14 @@ class Ledger:
     sizes: set[torch.Size] = field(default_factory=set)
     """Sizes at which a segment was computed: stand-ins for skipped UNet blocks need one computed at their size."""
     statistics: Statistics = field(default_factory=Statistics)
+    vault: Vault | None = None
+    ranks: Ranks | None = None
+
+    def add(self, group: int, track: Track) -> Track:
+        """Take a track in, under the run's budget of bytes and the decisions of all ranks."""
+        track.vault, track.ranks = self.vault, track.ranks or self.ranks
+        self.tracks[group] = track
+        return track
 
     def weigh(self) -> None:
         """Note what is held now, for the report's peak."""
@@ -41,10 +52,19 @@ class CacheMethod(Method[CacheConfig]):
 
     skipped: ClassVar[str] = "steps"
     """What the report calls what was predicted."""
+    shelf: ClassVar[Shelf] = HostMemory()
+    """Where snapshots go that exceed `cache_memory`."""
 
     def __init__(self, config: CacheConfig, recipe: Recipe) -> None:
         super().__init__(config)
         self.recipe = recipe
+
+    @property
+    def decides(self) -> str:
+        """For whom one decision is made: by the table or the clock alone, for the whole batch, or for each row."""
+        if self.recipe.indicator is None:
+            return "beforehand"
+        return "rows apart" if self.recipe.per_row else "batch together"
 
     def bind(self, denoisers: tuple[DenoiserMap, ...]) -> None:
         if self.recipe.missing:
@@ -52,21 +72,39 @@ class CacheMethod(Method[CacheConfig]):
 
     def begin(self, run: Run) -> None:
         recipe, length = self.recipe, run.clock.length
-        if length <= recipe.first + recipe.last and not recipe.exact:
-            raise ConfigError(
-                f"{self.config.name}: {length} steps are too few for a cache, because the first {recipe.first} and the "
-                f"last {recipe.last} are always computed. Run at least {recipe.first + recipe.last + 2} steps, lower "
-                "these numbers, or leave the cache out (few-step models gain nothing from it)."
-            )
+        reason = "" if recipe.refusal is None else recipe.refusal(run.clock)
+        if reason:
+            raise MethodInapplicable(f"{self.config.name}: {reason}")
+        if not recipe.exact:
+            refuse_protected(self.config.name, length, recipe.opening(length), recipe.last)
+            caution(run)
+
+    def end(self, run: Run, error: BaseException | None) -> None:
+        vault = self._vault(run)
+        if vault is not None and vault.excess and error is None:
+            run.warn(f"{self.config.name}: {vault.excess}")
 
     def _ledger(self, run: Run, site: str) -> Ledger:
-        return run.state(self, Ledger, site=site, branch="")
+        return run.state(self, lambda: Ledger(vault=self._vault(run), ranks=self._ranks(run)), site=site, branch="")
+
+    def _vault(self, run: Run) -> Vault | None:
+        """What keeps this cache within its budget in this run; None without one."""
+        budget = self.config.cache_bytes
+        return None if budget is None else run.state(self, lambda: Vault(budget, self.shelf), "vault", "")
+
+    def _ranks(self, run: Run) -> Ranks | None:
+        """The processes that must decide like this one; None where nothing that is measured decides."""
+        return None if self.recipe.indicator is None or run.call is None else self._sharing(run, run.call.denoiser)
+
+    def _sharing(self, run: Run, denoiser: DenoiserMap) -> Ranks | None:
+        """The processes that share calls of the denoiser out."""
+        return run.state(self, lambda: ranks_of(denoiser.module), f"ranks {denoiser.name}", "")
 
     def _track(self, ledger: Ledger, group: int) -> Track:
         if group not in ledger.tracks:
             recipe = self.recipe
             indicator = None if recipe.indicator is None else recipe.indicator()
-            ledger.tracks[group] = Track(recipe.rules, recipe.predictor, indicator, recipe.feedback)
+            ledger.add(group, Track(recipe.rules, recipe.predictor, indicator, recipe.feedback))
         return ledger.tracks[group]
 
     def _moment(self, run: Run) -> Moment:
@@ -124,7 +162,12 @@ class CacheMethod(Method[CacheConfig]):
 
     def details(self, run: Run) -> Mapping[str, Any]:
         found = {name: ledger.statistics.to_dict() for name, ledger in self._ledgers(run).items()}
-        return {**found, "decided": "rows apart" if self.recipe.per_row else "batch together"} if found else {}
+        return {**found, "decided": self.decides, **self._memory(run)} if found else {}
+
+    def _memory(self, run: Run) -> Mapping[str, Any]:
+        """What the budget of bytes came to, where there is one."""
+        vault = self._vault(run)
+        return {} if vault is None else {"memory": vault.to_dict()}
 
 
 def _noise_levels(clock: Clock) -> tuple[float, ...]:

@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 from diffeff.core.config import knob
 from diffeff.errors import ConfigError
+from diffeff.methods.caching.grouped import GROUPED
 from diffeff.methods.caching.indicator import InputChange, TransformRate
 from diffeff.methods.caching.policy import Interval, Policy, Threshold
-from diffeff.methods.caching.predictor import PREDICTORS, over
+from diffeff.methods.caching.predictor import PREDICTORS, AnyPredictor, over
 from diffeff.methods.caching.recipe import CacheConfig, Recipe, Site
 from diffeff.methods.caching.segment_cache import SegmentSite
 from diffeff.methods.caching.step_cache import StepSite
@@ -39,14 +40,19 @@ class FeatureCache(CacheConfig):
     of linear's way. They are drawn over sigma (over the timestep or the index where sigmas repeat), or with
     `axis="index"` over the step's number, which suits long intervals and models that predict noise. `"taylor"`
     (TaylorSeer, order 2), `"hermite"` (HiCache) and `"chebyshev"` (Spectrum, with constants kept exact) are the
-    published forms. Sums are taken in float32.
+    published forms; `"foca"` continues the last slope, averaged with the one between computed steps, and was the
+    nearest to the plain run where it was measured (docs/caching.md); `"adams_bashforth"` and `"bdf"` are multistep
+    formulas on four snapshots; `"freqca"` (FreqCa) holds low frequencies and extrapolates high ones, `"low_band"`
+    draws a parabola through low and a line through high ones. Sums are taken in float32.
 
     All guidance branches of a step follow one decision, each with its own history; so do all batch rows, unless
-    `per_row`. Two experts (Wan 2.2) share nothing. `interval=1` is bit-exact. Useful from about 10 steps up; `begin`
-    raises ConfigError when all steps are protected.
+    `per_row`. Two experts (Wan 2.2) share nothing. `interval=1` is bit-exact. Useful from about 10 steps up; a run
+    whose steps are all protected is refused (MethodInapplicable).
+
+    Memory: as many latents (step) or feature maps (segment) per branch as the predictor draws on.
 
     Sources: First-Block Cache (ParaAttention), DeepCache (arXiv 2312.00858), EasyCache (arXiv 2507.02860), TaylorSeer
-    (arXiv 2503.06923, order 1).
+    (arXiv 2503.06923, order 1), FoCa (arXiv 2508.16211), FreqCa (arXiv 2510.08669).
     """
 
     name: ClassVar[str] = "feature_cache"
@@ -58,9 +64,21 @@ class FeatureCache(CacheConfig):
     threshold: float = knob(
         0.1, "compute when the change reaches this (policy=threshold); 0 is exact", low=0.0, high=10.0, step=0.01
     )
-    predictor: Literal["hold", "linear", "quadratic", "cubic", "damped", "taylor", "hermite", "chebyshev"] = knob(
-        "linear", "repeat the last computed step, or extrapolate the last ones"
-    )
+    predictor: Literal[
+        "hold",
+        "linear",
+        "quadratic",
+        "cubic",
+        "damped",
+        "taylor",
+        "hermite",
+        "chebyshev",
+        "adams_bashforth",
+        "bdf",
+        "foca",
+        "freqca",
+        "low_band",
+    ] = knob("linear", "repeat the last computed step, or extrapolate the last ones")
     axis: Literal["time", "index"] = knob("time", "what hold to damped are drawn over: sigma, or the step's number")
     first: int = knob(3, "first steps that are always computed", low=0, step=1)
     last: int = knob(1, "last steps that are always computed", low=0, step=1)
@@ -88,7 +106,7 @@ class FeatureCache(CacheConfig):
         return Recipe(
             site=site,
             policy=policy,
-            predictor=over(PREDICTORS[self.predictor], self.axis),
+            predictor=self._predictor,
             indicator=None if by_interval else TransformRate if whole else InputChange,
             first=self.first,
             last=self.last,
@@ -96,6 +114,11 @@ class FeatureCache(CacheConfig):
             exact=self.exact,
             per_row=self.per_row,
         )
+
+    @property
+    def _predictor(self) -> AnyPredictor:
+        grouped = GROUPED.get(self.predictor)
+        return over(PREDICTORS[self.predictor], self.axis) if grouped is None else grouped
 
     @property
     def exact(self) -> bool:

@@ -62,6 +62,7 @@ class ModuleCache(CacheMethod):
     layer: ClassVar[Layer] = Layer.MODULE
     claims: ClassVar[frozenset[Claim]] = frozenset({Claim.SKIP_MODULE})
     skipped: ClassVar[str] = "steps' modules"
+    ledger: ClassVar[type[ModuleLedger]] = ModuleLedger
 
     def __init__(self, config: CacheConfig, recipe: Recipe, site: Modules) -> None:
         super().__init__(config, recipe)
@@ -90,25 +91,43 @@ class ModuleCache(CacheMethod):
         )
 
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
+        ledger = self._module_ledger(run, site)
+        if not self._must_run(run, site, ledger, hidden):
+            return self._held(run, ledger)
+        outputs = proceed()
+        self._keep(run, ledger, hidden, outputs)
+        return outputs
+
+    def _module_ledger(self, run: Run, site: ModuleSite) -> ModuleLedger:
+        """What is remembered of one module."""
         if run.call is None:
             raise RuntimeError(f"{self.config.name}: a module was reached outside a denoiser call")
-        name = f"{run.call.denoiser.name}.{site.name}"
-        ledger = run.state(self, lambda: ModuleLedger(kind=site.kind), site=name, branch="")
+        make = lambda: self.ledger(vault=self._vault(run), ranks=self._ranks(run), kind=site.kind)  # noqa: E731
+        return run.state(self, make, site=f"{run.call.denoiser.name}.{site.name}", branch="")
+
+    def _must_run(self, run: Run, site: ModuleSite, ledger: ModuleLedger, hidden: Tensor) -> bool:
+        """Whether the module must be computed at this step."""
         at, (parts, rows) = self._moment(run), present_parts(run)
         for part in parts:
             if part.group not in ledger.tracks:
-                ledger.tracks[part.group] = self._new_track(run, site)
+                ledger.add(part.group, self._new_track(run, site))
         todo = self._to_compute(ledger, parts, at, lambda part: self._shown(run, part.of(hidden, rows)))
         self._count(ledger.statistics, parts, parts if todo else [], at)
-        if not todo:
-            pieces = [ledger.tracks[p.group].predict(p.branch, at) for p in parts]
-            return tuple(join(list(stream)) for stream in zip(*pieces, strict=True))
-        outputs = proceed()
+        return bool(todo)
+
+    def _held(self, run: Run, ledger: ModuleLedger) -> Outputs:
+        """What the module is predicted to put out."""
+        at, (parts, _) = self._moment(run), present_parts(run)
+        pieces = [ledger.tracks[p.group].predict(p.branch, at) for p in parts]
+        return tuple(join(list(stream)) for stream in zip(*pieces, strict=True))
+
+    def _keep(self, run: Run, ledger: ModuleLedger, hidden: Tensor, outputs: Outputs) -> None:
+        """The module's input, and what it put out."""
+        at, (parts, rows) = self._moment(run), present_parts(run)
         for part in parts:
             kept = tuple(None if x is None else part.of(x, rows) for x in outputs)
             ledger.tracks[part.group].store(part.branch, at, part.of(hidden, rows), kept)
         ledger.weigh()
-        return outputs
 
     def _new_track(self, run: Run, site: ModuleSite) -> Track:
         """The memory of one module."""
@@ -136,4 +155,6 @@ class ModuleCache(CacheMethod):
                 for kind in kinds
             },
             "bytes_held": sum(s.peak_bytes for s in found),
+            "decided": self.decides,
+            **self._memory(run),
         }

@@ -143,8 +143,12 @@ class Opening:
 
     share: float
 
+    def steps(self, length: int) -> int:
+        """How many that is."""
+        return int(self.share * length + 0.5)
+
     def decide(self, at: Situation) -> Action:
-        return _unless(at.done < int(self.share * at.length + 0.5))
+        return _unless(at.done < self.steps(at.length))
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class SegmentCache(CacheMethod):
         several = run.state(self, lambda: len(self.segments(denoiser)) > 1, site=f"several {denoiser.name}", branch="")
         ledger = self._ledger(run, segment.name if several else denoiser.name)
         if not ledger.tracks:
-            ledger.tracks[0] = self._new_track(run, segment, denoiser)
+            ledger.add(0, self._new_track(run, segment, denoiser))
         return ledger
 
     def _new_track(self, run: Run, segment: Segment, denoiser: DenoiserMap) -> Track:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffeff.core.run import Clock, Run, StepCall
 from diffeff.errors import ConfigError
 
-__all__ = ["SignalView", "signal_and_noise", "wiener"]
+__all__ = ["SignalView", "is_flow", "signal_and_noise", "wiener"]
 
 _FRAMES_FIRST = ("cogvideox",)
 _PROPORTIONAL = 0.05
@@ -28,14 +28,17 @@ def signal_and_noise(clock: Clock) -> tuple[float, float]:
             "the scheduler tells no noise levels (sigmas or alphas_cumprod), which the spectral filter of seacache "
             "needs. Use another scheduler, or easycache, which needs none."
         )
-    if _is_flow(clock):
+    if is_flow(clock):
         return 1 - sigma, sigma
     size = (1 + sigma**2) ** 0.5
     return 1 / size, sigma / size
 
 
-def _is_flow(clock: Clock) -> bool:
-    """Flow matching counts time from 0 to 1 as its noise level, and its timesteps are that level times a constant."""
+def is_flow(clock: Clock) -> bool:
+    """Whether the schedule is one of flow matching, whose models predict velocities.
+
+    It counts time from 0 to 1 as its noise level, and its timesteps are that level times a constant.
+    """
     if clock.sigmas is None or clock.timesteps is None:
         return False
     sigmas = clock.sigmas[: clock.total]

@@ -13,7 +13,9 @@ from torch import Tensor
 from diffeff.core.run import Run, StepCall
 from diffeff.methods.caching.indicator import Indicator
 from diffeff.methods.caching.policy import Action, Policy, Situation
-from diffeff.methods.caching.predictor import Axis, Informed, Predictor, combine
+from diffeff.methods.caching.predictor import AnyPredictor, Axis, Grouped, Informed, Predictor, combine
+from diffeff.methods.caching.ranks import Ranks
+from diffeff.methods.caching.vault import Vault
 
 __all__ = ["Moment", "Part", "Snapshot", "Statistics", "Track", "parts_of"]
 
@@ -76,14 +78,18 @@ def parts_of(run: Run, call: StepCall, per_row: bool = False) -> list[Part]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Snapshot:
-    """Tensors computed at one step (a site may have several streams, some absent)."""
+    """Tensors computed at one step (a site may have several streams, some absent). A vault may move them."""
 
     moment: Moment
     tensors: Tensors
     aux: Tensor | None = None
     """What else was measured at that step, cheap enough to be measured at every step (a probe)."""
+
+    def bytes_held(self) -> int:
+        """Bytes of the tensors, wherever they are."""
+        return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
 
 
 @dataclass
@@ -124,10 +130,14 @@ class Track:
     """
 
     policy: Policy
-    predictor: Predictor | Informed
+    predictor: AnyPredictor
     indicator: Indicator | None = None
     feedback: bool = False
     """Whether predictions join the history."""
+    vault: Vault | None = None
+    """What keeps the snapshots within a number of bytes."""
+    ranks: Ranks | None = None
+    """The processes that must decide alike."""
     histories: dict[str, deque[Snapshot]] = field(default_factory=dict)
     last: int | None = None
     """Entry of the last step that was decided to be computed, and was."""
@@ -148,6 +158,8 @@ class Track:
             return self.action
         self._seen = None if self.indicator is None else look()
         change = None if self.indicator is None or self._seen is None else self.indicator.change(self._seen)
+        if self.ranks is not None and self.last is not None and self.indicator is not None:
+            change = self.ranks.largest(change)
         self.decided, self.leader = at.index, branch
         self.action = Action.COMPUTE if self.last is None else self.policy.decide(self._situation(at, change))
         if self.last is not None and change is not None:
@@ -168,26 +180,48 @@ class Track:
     def predict(self, branch: str, at: Moment) -> Tensors:
         """The branch's tensors at `at`, new ones."""
         history = self.histories[branch]
-        weights = self._weights(list(history), at, self.aux.get(branch))
-        streams = zip(*(s.tensors for s in history), strict=True)
-        found = tuple(_combine(stream, weights) for stream in streams)
+        streams = zip(*(self._fetch(s) for s in history), strict=True)
+        if isinstance(self.predictor, Grouped):
+            found = tuple(_fill(self.predictor, list(history), stream, at) for stream in streams)
+        else:
+            aux = self.aux.get(branch)
+            weights = self._weights(self.predictor, list(history), at, aux)
+            if self.ranks is not None and aux is not None:  # measured weights: all tokens follow the same
+                weights = self.ranks.mean(weights)
+            found = tuple(_combine(stream, weights) for stream in streams)
         if self.feedback:
-            history.append(Snapshot(at, found))
+            self._keep(history, Snapshot(at, found))
         return found
 
-    def _weights(self, history: list[Snapshot], at: Moment, aux: Tensor | None) -> tuple[float, ...]:
-        if isinstance(self.predictor, Informed):
-            return self.predictor.weigh(history, at, aux)
-        axis = self.predictor.axis
-        return self.predictor.coefficients([s.moment.on(axis) for s in history], at.on(axis))
+    def _fetch(self, snapshot: Snapshot) -> Tensors:
+        return snapshot.tensors if self.vault is None else self.vault.fetch(snapshot)
+
+    def _keep(self, history: deque[Snapshot], new: Snapshot) -> None:
+        """Append to the history in place of what it no longer has room for, or of the same step: the later counts."""
+        old = None
+        if history and history[-1].moment.index >= new.moment.index:
+            old = history.pop()
+        elif len(history) == history.maxlen:
+            old = history.popleft()
+        history.append(new)
+        if self.vault is not None:
+            self.vault.add(new, instead_of=old)
+            self.vault.settle(self, self._fixed_bytes)
+
+    @staticmethod
+    def _weights(
+        predictor: Predictor | Informed, history: list[Snapshot], at: Moment, aux: Tensor | None
+    ) -> tuple[float, ...]:
+        if isinstance(predictor, Informed):
+            return predictor.weigh(history, at, aux)
+        axis = predictor.axis
+        return predictor.coefficients([s.moment.on(axis) for s in history], at.on(axis))
 
     def store(self, branch: str, at: Moment, x: Tensor, tensors: Tensors, output: Tensor | None = None) -> None:
         """The branch was computed: input `x` of the site, and what came out. `output` is what the indicator is told
         came out, where that is not the first of `tensors`."""
         history = self.histories.setdefault(branch, deque(maxlen=self.predictor.snapshots))
-        if history and history[-1].moment.index >= at.index:  # the same step again: the later result counts
-            history.pop()
-        history.append(Snapshot(at, tensors, self.aux.get(branch)))
+        self._keep(history, Snapshot(at, tensors, self.aux.get(branch)))
         if branch != self.leader or self.action is not Action.COMPUTE:
             return
         self.computed += self.last != at.index
@@ -197,13 +231,33 @@ class Track:
         self._seen = None
 
     def bytes_held(self) -> int:
-        """Bytes of all snapshots and of what the indicator holds."""
-        held = [t for h in self.histories.values() for s in h for t in (*s.tensors, s.aux) if t is not None]
-        held += self.aux.values()
-        held += [t for t in vars(self.indicator).values() if isinstance(t, Tensor)] if self.indicator else []
-        return sum({id(t): t.numel() * t.element_size() for t in held}.values())
+        """Bytes of all snapshots that were not moved away, of their probes and of what the indicator holds."""
+        return _bytes(self._snapshot_tensors()) + self._fixed_bytes()
+
+    def _snapshot_tensors(self) -> list[Tensor]:
+        here = [s for h in self.histories.values() for s in h if self.vault is None or self.vault.holds(s)]
+        return [t for s in here for t in s.tensors if t is not None]
+
+    def _fixed_bytes(self) -> int:
+        """Bytes of probes and of what the indicator holds, without what snapshots hold anyway."""
+        fixed = [s.aux for h in self.histories.values() for s in h if s.aux is not None]
+        fixed += self.aux.values()
+        fixed += [t for t in vars(self.indicator).values() if isinstance(t, Tensor)] if self.indicator else []
+        known = {id(t) for t in self._snapshot_tensors()}
+        return _bytes([t for t in fixed if id(t) not in known])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def _combine(stream: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
     present = [x for x in stream if x is not None]
     return combine(present, weights) if len(present) == len(stream) else None
+
+
+def _fill(
+    predictor: Grouped, history: Sequence[Snapshot], stream: Sequence[Tensor | None], at: Moment
+) -> Tensor | None:
+    present = [x for x in stream if x is not None]
+    return predictor.fill(history, present, at) if len(present) == len(stream) else None

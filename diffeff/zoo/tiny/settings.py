@@ -18,6 +18,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "kv_downsample": {"min_tokens": 4},
     "sliced_attention": {"slice_tokens": 6},
     "int8_weights": {"min_features": 8},
+    "feature_slicing": {"slices": 3},
     # step and block-stack caches
     "first_block_cache": {"first": 1, "threshold": 1.0, "max_skips": 2},
     "dbcache": {"head": 1, "first": 2, "threshold": 1.0, "max_skips": 2},
@@ -36,8 +37,8 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "smoothcache": {"kinds": ("self", "joint", "feed_forward"), "times": (1.0, 0.0), "errors": (0.01,) * 18},
     "harmonica": {
         "sites": ("self", "cross", "joint", "temporal", "feed_forward"),
-        "times": (1.0, 0.8, 0.5, 0.0),
-        "router": ("11111", "01101", "10110", "00000"),
+        "times": (1.0, 0.0),
+        "router": ("01000", "10000"),
     },
     "foresight": {"threshold": 100.0, "interval": 3},
     "profilingdit": {"blocks": (1, 2)},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffeff.anatomy.types import CFG
 from diffeff.core.run import Clock
-from diffeff.errors import ConfigError
+from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.feature_cache import FeatureCache
 from diffeff.methods.caching.indicator import InputChange, TransformRate, relative_change
 from diffeff.methods.caching.policy import Action, Cap, FirstOf, Interval, Situation, Threshold, Window
@@ -129,9 +129,9 @@ def test_interval_longer_than_the_protected_middle_still_obeys_the_window() -> N
 
 
 def test_too_few_steps_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"4 steps are too few for a cache.*Run at least 6 steps"):
+    with pytest.raises(MethodInapplicable, match=r"4 steps are too few for a cache.*Run at least 6 steps"):
         drive([FeatureCache()], along_time, steps=4)
-    with pytest.raises(ConfigError, match="too few"):  # image to image starts late
+    with pytest.raises(MethodInapplicable, match="too few"):  # image to image starts late
         drive([FeatureCache()], along_time, steps=8, first=5)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import call_kwargs, make, run
 
-from diffeff.errors import ConfigError, MethodInapplicable, PlanConflict
+from diffeff.errors import MethodInapplicable, PlanConflict
 from diffeff.methods.caching.feature_cache import FeatureCache
 from diffeff.pipeline import DiffEffPipeline
 
@@ -167,7 +167,7 @@ def test_rows_apart_decide_as_in_single_runs(family: str) -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_too_few_steps_is_refused(site: str) -> None:
     pipe = cached("wan", site=site)
-    with pytest.raises(ConfigError, match="too few for a cache"):
+    with pytest.raises(MethodInapplicable, match="too few for a cache"):
         run("wan", pipe, steps=4)
     run("wan", pipe, steps=8)
 

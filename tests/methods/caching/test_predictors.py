@@ -8,6 +8,7 @@ import torch
 
 from diffeff.core.config import knobs
 from diffeff.methods import FeatureCache
+from diffeff.methods.caching.grouped import GROUPED
 from diffeff.methods.caching.predictor import (
     PREDICTORS,
     Chebyshev,
@@ -19,6 +20,7 @@ from diffeff.methods.caching.predictor import (
     combine,
 )
 
+ALL = {**PREDICTORS, **GROUPED}
 TIMES = (1.0, 0.9, 0.72, 0.6)
 STEPS = (0.0, 5.0, 10.0)
 
@@ -93,9 +95,9 @@ def test_damped_lies_between_hold_and_its_inner_predictor() -> None:
     assert Damped(Polynomial(1), 0.0).coefficients(STEPS, 15.0) == pytest.approx((0.0, 0.0, 1.0))
 
 
-@pytest.mark.parametrize("name", sorted(PREDICTORS))
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_every_name_of_the_option_is_its_predictor(name: str) -> None:
-    assert FeatureCache(predictor=name).recipe().predictor == PREDICTORS[name]
+    assert FeatureCache(predictor=name).recipe().predictor == ALL[name]
 
 
 def test_axis_moves_polynomials_and_leaves_published_forms() -> None:
@@ -107,4 +109,4 @@ def test_axis_moves_polynomials_and_leaves_published_forms() -> None:
 
 def test_the_option_lists_every_predictor() -> None:
     (spec,) = [k for k in knobs(FeatureCache) if k.name == "predictor"]
-    assert set(spec.choices) == set(PREDICTORS)
+    assert set(spec.choices) == set(ALL)

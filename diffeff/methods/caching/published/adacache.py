@@ -16,6 +16,7 @@ from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.indicator import relative_change
 from diffeff.methods.caching.module_cache import ATTENTIONS, MODULES, ModuleCache, Modules
 from diffeff.methods.caching.policy import Codebook
+from diffeff.methods.caching.ranks import Ranks
 from diffeff.methods.caching.recipe import CacheConfig, Recipe
 from diffeff.methods.caching.track import Track
 
@@ -31,9 +32,11 @@ class AdaCache(CacheConfig):
     the change is below `limits[n]`, at the next step above the last limit. Until then all attention and feed-forward
     outputs are repeated, before gate and residual sum. One number is read back from the device per computed step.
 
-    The default codebook is the authors' for 30 steps (fast). Where they average the change over several layers, one
-    attention (that of `block`, by default of the middle one) is monitored; their motion regularisation, which enlarges
-    the change for moving content, is not built. The conditional branch decides for all; histories are kept per branch.
+    Defaults: the codebook is the authors' for 30 steps (fast).
+
+    Differs: where they average the change over several layers, one attention (that of `block`, by default of the middle
+    one) is monitored; their motion regularisation, which enlarges the change for moving content, is not built. The
+    conditional branch decides for all; histories are kept per branch.
 
     Holds one output per module and branch.
 
@@ -79,6 +82,8 @@ class _Monitor:
     fresh: float | None = None
     output: Tensor | None = None
     at: int = 0
+    ranks: Ranks | None = None
+    """The processes that must decide alike: asked once per measurement, not once per module."""
 
     def turn(self, index: int) -> None:
         """A module of step `index` is reached: from its first one on, the newest measurement decides."""
@@ -88,7 +93,8 @@ class _Monitor:
     def measure(self, output: Tensor) -> None:
         """The monitored attention was computed."""
         if self.output is not None and self.index > self.at:
-            self.fresh = relative_change(output, self.output) / (self.index - self.at)
+            change = relative_change(output, self.output) / (self.index - self.at)
+            self.fresh = change if self.ranks is None else self.ranks.largest(change)
         self.output, self.at = output, self.index
 
 
@@ -115,6 +121,10 @@ class AdaCacheMethod(ModuleCache):
         super().__init__(config, recipe, recipe.site)  # type: ignore[arg-type]
         self.options = config
 
+    @property
+    def decides(self) -> str:
+        return "batch together"
+
     def bind(self, denoisers: tuple[DenoiserMap, ...]) -> None:
         super().bind(denoisers)
         for denoiser in denoisers:
@@ -134,7 +144,8 @@ class AdaCacheMethod(ModuleCache):
         return found[0]
 
     def _monitor(self, run: Run, denoiser: DenoiserMap) -> _Monitor:
-        return run.state(self, _Monitor, site=f"monitor {denoiser.name}", branch="")
+        make = lambda: _Monitor(ranks=self._sharing(run, denoiser))  # noqa: E731
+        return run.state(self, make, site=f"monitor {denoiser.name}", branch="")
 
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
         if run.call is not None:

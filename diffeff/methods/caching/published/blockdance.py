@@ -33,8 +33,9 @@ class BlockDance(CacheConfig):
     others start from the output that the first share `blocks` of the stack had there. It is that output itself which is
     kept, not what the blocks add: the latents of the present step enter through the later blocks' modulation only.
 
-    Defaults are the paper's for PixArt: the output of block 20 (counted from 0) of 28, 40 % to 95 %, groups of 2. Its
-    learned variant (BlockDance-Ada, a policy network) is not part of this.
+    Defaults: the paper's for PixArt: the output of block 20 (counted from 0) of 28, 40 % to 95 %, groups of 2.
+
+    Differs: its learned variant (BlockDance-Ada, a policy network) is not part of this.
 
     Transformers only. Holds one tensor per stream and branch.
 

@@ -24,9 +24,11 @@ class BWCache(CacheConfig):
     blocks; below `threshold`, the stack is skipped for the next `burst` of the run's steps, then computed once and
     asked again. Counted from the first skipped step, the last `tail` of the remaining run is computed.
 
-    The published form reads off all blocks and keeps all their outputs; here `blocks` of them, evenly spaced, are read
-    (the last always), and what is held is the stack's residual, which follows the present input. The authors' code was
-    not at hand: the rule is the paper's. Default thresholds: 0.15 (slow), 0.20, 0.25.
+    Differs: the published form reads off all blocks and keeps all their outputs; here `blocks` of them, evenly spaced,
+    are read (the last always), and what is held is the stack's residual, which follows the present input. The authors'
+    code was not at hand: the rule is the paper's.
+
+    Defaults: the authors' thresholds are 0.15 (slow), 0.20, 0.25.
 
     Memory: one residual per stream and branch, and the read blocks' outputs of one branch.
 

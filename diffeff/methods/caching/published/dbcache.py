@@ -36,9 +36,11 @@ class DBCache(CacheConfig):
     present step, which also helps few-step models. `mask` protects steps by one of cache-dit's hand-made tables (28
     steps, stretched to the run).
 
-    cache-dit counts transformer calls and tells branches by parity, keeps one decision per block list (two on FLUX),
-    and must be told the number of steps; here the clock is the scheduler's, branches go by name, and the lists of a
-    model are one stack. Defaults are cache-dit's, with at most `max_skips` in a row (its users' practice, 2 to 8).
+    Differs: cache-dit counts transformer calls and tells branches by parity, keeps one decision per block list (two on
+    FLUX), and must be told the number of steps; here the clock is the scheduler's, branches go by name, and the lists
+    of a model are one stack.
+
+    Defaults: cache-dit's, with at most `max_skips` in a row (its users' practice, 2 to 8).
 
     Memory: the head's and the middle's residual per branch, once more per order of the predictor.
 

@@ -45,12 +45,15 @@ class DeepCache(CacheConfig):
     around the share `centre` of the run and further apart away from it, as a power law: the idea of the paper's
     non-uniform form, for large intervals, not its formula to the letter (which the package does not offer).
 
-    Interval 3 is what the package's documentation shows; `centre` and `power` are ours, to be tuned. Unlike it, steps
-    are entries of the scheduler's list, not places of a timestep value looked up in it, which goes wrong where values
-    repeat (Heun, PNDM); nothing is read back from the device; and only one feature map per branch is held instead of
-    the output of every module.
+    Defaults: interval 3 is what the package's documentation shows; `centre` and `power` are ours, to be tuned.
+
+    Differs: unlike in that package, steps are entries of the scheduler's list, not places of a timestep value looked up
+    in it, which goes wrong where values repeat (Heun, PNDM); nothing is read back from the device; and only one feature
+    map per branch is held instead of the output of every module.
 
     UNets only, image and video; the motion modules of AnimateDiff inside the deep part are skipped with it.
+
+    Memory: one feature map per branch.
 
     Source: DeepCache (arXiv 2312.00858).
     """

@@ -18,12 +18,14 @@ class DeltaDiT(CacheConfig):
     """The part of the blocks that matters less at this stage of the run is skipped at every second step.
 
     Front blocks make the outline, rear blocks the details. So up to the share `gate` of the run, what the rear share
-    `blocks` of the stack adds to its input is reused; afterwards what the front share adds. Every `interval`-th step
-    is computed whole.
+    `blocks` of the stack adds to its input is reused; afterwards what the front share adds. Every `interval`-th step is
+    computed whole.
 
-    The paper has no code. Interval 2 is the mildest it is compared at; the share of the blocks and of the run at which
-    stages change are ours. With more than half of the blocks both ends overlap: what they share is kept as a run of its
-    own (residuals add up), so that nothing has to be computed twice where stages change.
+    Defaults: the paper has no code. Interval 2 is the mildest it is compared at; the share of the blocks and of the run
+    at which stages change are ours.
+
+    Differs: with more than half of the blocks both ends overlap: what they share is kept as a run of its own (residuals
+    add up), so that nothing has to be computed twice where stages change.
 
     Transformers only. Holds up to three residuals per stream and branch.
 

@@ -25,8 +25,10 @@ class DiCache(CacheConfig):
     computed one; below `threshold` the rest is predicted as r_b + gamma (r_a - r_b) from its last two residuals a, b,
     with gamma the way the head's residual has gone on that line, kept to 1 .. `reach`.
 
-    The published form adds the residual of the whole stack to its input; here that of the other blocks is added to what
-    the head has just computed, so that nothing computed is thrown away. Defaults are the authors' for Wan.
+    Differs: the published form adds the residual of the whole stack to its input; here that of the other blocks is
+    added to what the head has just computed, so that nothing computed is thrown away.
+
+    Defaults: the authors' for Wan.
 
     Memory: two residuals of the rest and of the head per branch. Reads two pairs of numbers back per skipped step.
 

@@ -20,14 +20,15 @@ __all__ = ["EasyCache"]
 class EasyCache(CacheConfig):
     """Skips whole denoiser calls, on any model, without calibration; what is held is the output less its input.
 
-    Rule: how far the output moves per movement of the latents is measured over the last two computed steps and taken
-    to hold on; each step adds its estimated relative change of the output, and the denoiser is called when the sum
-    reaches `threshold`. The decision needs the latents alone and falls before the call.
+    Rule: how far the output moves per movement of the latents is measured over the last two computed steps and taken to
+    hold on; each step adds its estimated relative change of the output, and the denoiser is called when the sum reaches
+    `threshold`. The decision needs the latents alone and falls before the call.
 
-    The published code divides the change of the output between computed steps by the change of the input over the last
-    step alone, so that its rate grows with every skipped step; here both span the same two steps. Defaults are those
-    for 50 steps (10 computed at the start). Where a model predicts noise rather than a velocity, or more channels than
-    the latents have, `relative=False` holds the output itself.
+    Differs: the published code divides the change of the output between computed steps by the change of the input over
+    the last step alone, so that its rate grows with every skipped step; here both span the same two steps.
+
+    Defaults: the authors' for 50 steps (10 computed at the start). Where a model predicts noise rather than a velocity,
+    or more channels than the latents have, `relative=False` holds the output itself.
 
     Memory: four latents per branch. Reads one number back per step.
 

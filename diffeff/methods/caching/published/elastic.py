@@ -36,14 +36,16 @@ class ElasticCache(CacheConfig):
     computed. `cascade="reuse"`: runs are computed up to the first whose drift stays below it, from which on everything
     is reused. What a run adds to its input is kept.
 
-    The original caches keys and values of a masked language model, where finished tokens do not change. In diffusion
-    all tokens change at every step, so what is reused here is what blocks add; most-attended tokens, drift per depth
-    and refreshing the deeper part are kept. That a low drift there means a low drift elsewhere is an observation, not a
-    bound: `first`, `cap` and `last` guard it. `threshold` and `segments` are ours, to be tuned.
+    Differs: the original caches keys and values of a masked language model, where finished tokens do not change. In
+    diffusion all tokens change at every step, so what is reused here is what blocks add; most-attended tokens, drift
+    per depth and refreshing the deeper part are kept. That a low drift there means a low drift elsewhere is an
+    observation, not a bound: `first`, `cap` and `last` guard it.
+
+    Defaults: `threshold` and `segments` are ours, to be tuned.
 
     Attention mass comes from 256 queries of the last attention before the first cut, at every step; where the place of
-    the image tokens is not known, all tokens count. One number per cut is read back from the device. Transformers only.
-    Holds one residual and one input per run and branch.
+    the image tokens is not known, and under context or tensor parallelism, all tokens count. One number per cut is read
+    back from the device. Transformers only. Holds one residual and one input per run and branch.
 
     Source: Elastic-Cache (arXiv 2510.14973), adapted.
     """
@@ -135,6 +137,10 @@ class ElasticMethod(SegmentCache):
         super().__init__(config, recipe, recipe.site)  # type: ignore[arg-type]
         self.options = config
 
+    @property
+    def decides(self) -> str:
+        return "batch together"
+
     def attention_sites(self, denoiser: DenoiserMap) -> tuple[AttentionSite, ...]:
         cut = self.segments(denoiser)[0].blocks[0].index
         before = [site for site in denoiser.attentions if site.block < cut and site.kind in ("self", "joint")]
@@ -148,7 +154,8 @@ class ElasticMethod(SegmentCache):
             grid = denoiser.grid(site, tokens, run.call.arguments)
             cascade = self._cascade(run, denoiser)
             cascade.anchors = None
-            if grid is not None and grid.image_tokens > self.options.anchors:
+            whole = self._sharing(run, denoiser) is None  # else each rank has other tokens than its attention sees
+            if whole and grid is not None and grid.image_tokens > self.options.anchors:
                 begin = grid.text if grid.text_first else 0
                 cascade.anchors = attended(call, begin, begin + grid.image_tokens, self.options.anchors)
         return proceed(call)
@@ -167,5 +174,6 @@ class ElasticMethod(SegmentCache):
 
     def _new_track(self, run: Run, segment: Segment, denoiser: DenoiserMap) -> Track:
         track = super()._new_track(run, segment, denoiser)
+        track.ranks = self._sharing(run, denoiser)
         track.indicator = _AnchorDrift(self._cascade(run, denoiser), self.options.cascade == "refresh")
         return track

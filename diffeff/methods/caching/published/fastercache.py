@@ -55,11 +55,13 @@ class FasterCache(CacheConfig):
     is the conditional one plus the last known difference, whose coarse Fourier band counts `coarse` times between
     timesteps 901 and 99 and whose fine band counts `fine` times below 301.
 
-    Defaults are the paper's and diffusers'. Two things differ from their code, which multiplies the stored differences
-    in place at every skipped step, so that the factors compound to 1.1, 1.21, 1.33, ... until the next full step; here
-    a factor is a factor. And each branch has its own attention history, so separate guidance calls work, either half of
-    the batch may be the unconditional one, and attention is reused for whichever branch is computed. Latents that come
-    as a list of tokens have no bands: the plain difference stands in, and the report says so.
+    Defaults: the paper's and diffusers'.
+
+    Differs: their code multiplies the stored differences in place at every skipped step, so that the factors compound
+    to 1.1, 1.21, 1.33, ... until the next full step; here a factor is a factor. And each branch has its own attention
+    history, so separate guidance calls work, either half of the batch may be the unconditional one, and attention is
+    reused for whichever branch is computed. Latents that come as a list of tokens have no bands: the plain difference
+    stands in, and the report says so.
 
     Holds two outputs per attention and branch, and one latent.
 

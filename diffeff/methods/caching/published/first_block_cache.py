@@ -24,11 +24,12 @@ class FirstBlockCache(CacheConfig):
     Rule: relative L1 change of the first block's residual (image stream) against the last computed step below
     `threshold` -> the other blocks' residuals, image and text, are predicted. Reads one pair of numbers back per step.
 
-    The published form protects no step: it can skip the last ones, skips without end where the change stays small, and
-    keeps its residuals after an interrupted run. Here the first and last steps are computed, at most `max_skips` are
-    skipped in a row, all branches of a step follow one decision, and state ends with the run. `first=1, last=0,
-    max_skips=None` makes diffusers' decisions (tested on one branch). The threshold's default is ParaAttention's for
-    video; diffusers' is 0.05. PUBLISHED has the values in use by family.
+    Differs: the published form protects no step: it can skip the last ones, skips without end where the change stays
+    small, and keeps its residuals after an interrupted run. Here the first and last steps are computed, at most
+    `max_skips` are skipped in a row, all branches of a step follow one decision, and state ends with the run. `first=1,
+    last=0, max_skips=None` makes diffusers' decisions (tested on one branch).
+
+    Defaults: the threshold is ParaAttention's for video; diffusers' is 0.05. PUBLISHED has the values in use by family.
 
     Memory: two residuals per branch (the first block's and the others'), and the text stream's where there is one.
 

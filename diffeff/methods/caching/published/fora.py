@@ -20,7 +20,10 @@ class FORA(CacheConfig):
     All attention and feed-forward outputs are computed at every `interval`-th step and repeated in between; gates and
     modulation still follow the present step, which is what sets it apart from repeating a whole block.
 
-    The default interval is the paper's. It publishes no protected steps: `first` is 1 and `last` is 0.
+    Defaults: the interval is the paper's. It publishes no protected steps: `first` is 1 and `last` is 0.
+
+    Differs: histories are kept apart by guidance branch; the rule is the published one.
+
     Holds one output per module and branch (2 to 3 per block); on large video models that is tens of gigabytes.
 
     Source: FORA, Fast-Forward Caching (arXiv 2407.01425).

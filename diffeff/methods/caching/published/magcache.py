@@ -31,11 +31,13 @@ class MagCache(CacheConfig):
     adds how far the size has moved, |1 - size now / size then|; the stack is computed when the sum reaches `threshold`
     or `max_skips` were skipped. Nothing is read back from the device.
 
-    The published form knows the size and yet adds the old residual unscaled; here it is scaled (`scale=False` holds).
-    It stores ratios of consecutive steps, which mean something else at another number of steps, and diffusers counts
-    steps up to a number given beforehand (28) and begins again there; here sizes belong to noise levels and the clock
-    is the scheduler's. On the calibrated schedule the decisions are the published ones (tested against diffusers).
-    Defaults are diffusers'; the authors use 0.12 with 4 skips (0.24 with 6: fast) on Wan.
+    Differs: the published form knows the size and yet adds the old residual unscaled; here it is scaled (`scale=False`
+    holds). It stores ratios of consecutive steps, which mean something else at another number of steps, and diffusers
+    counts steps up to a number given beforehand (28) and begins again there; here sizes belong to noise levels and the
+    clock is the scheduler's. On the calibrated schedule the decisions are the published ones (tested against
+    diffusers).
+
+    Defaults: diffusers'; the authors use 0.12 with 4 skips (0.24 with 6: fast) on Wan.
 
     Memory: one residual per stream and branch.
 

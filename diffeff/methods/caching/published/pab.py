@@ -22,16 +22,17 @@ __all__ = ["PAB"]
 class PAB(CacheConfig):
     """Pyramid Attention Broadcast: most attention of a video model is skipped in the middle of the run.
 
-    While the timestep lies between `low` and `high`, attention is computed at every `spatial`-th step of the run
-    (self and joint attention), every `temporal`-th and every `cross`-th; its last output stands in between, before
-    gate and residual sum. Outside that window everything is computed. An interval of 1 leaves a kind alone.
+    While the timestep lies between `low` and `high`, attention is computed at every `spatial`-th step of the run (self
+    and joint attention), every `temporal`-th and every `cross`-th; its last output stands in between, before gate and
+    residual sum. Outside that window everything is computed. An interval of 1 leaves a kind alone.
 
-    Defaults are diffusers' (spatial 2, window 100 to 800), with the published intervals of Latte for the other kinds.
+    Defaults: diffusers' (spatial 2, window 100 to 800), with the published intervals of Latte for the other kinds.
     Schedulers whose timesteps are not on the scale 1000 to 0 get the run's progress on it.
 
-    Unlike diffusers' hook, outputs are kept apart by guidance branch: there, a model that is called once per branch
-    (Wan) counts every call as a step, and one branch is given the other's attention. The timestep comes from the
-    scheduler, so no callback has to be passed.
+    Differs: unlike with diffusers' hook, outputs are kept apart by guidance branch: there, a model that is called once
+    per branch (Wan) counts every call as a step, and one branch is given the other's attention. The timestep comes from
+    the scheduler, so no callback has to be passed. The authors' table of feed-forward blocks is one interval,
+    `feed_forward`, for all.
 
     Holds one output per attention and branch: the memory of a whole forward pass of those modules.
 

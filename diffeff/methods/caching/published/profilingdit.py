@@ -40,14 +40,15 @@ class ProfilingDiT(CacheConfig):
 
     After the share `warm_up` of the run, the blocks in `blocks` are computed only at refresh steps, whose distance
     falls from the share `longest` of the run to the share `shortest` at its end; in between, what each maximal run of
-    them added to its input is added again. With the defaults, 50 steps are refreshed at 6, 18, 27, 34, 39, 43, 46, 48,
-    which is the authors' table (6, 18, 26, 32, 38, 42, 46, 48) to two steps.
+    them added to its input is added again. `blocks` is the profile, by index over the whole stack.
 
-    `blocks` is the profile, by index over the whole stack. The authors segment the model's own predictions and count
-    the attention that falls on the foreground; thresholds are not published. `diffeff.search.profiles.block_drift`
-    ranks blocks by how much what they add drifts from step to step instead, and takes the steadiest.
-    `PUBLISHED["wan-14b"]` is the authors' list for 40 blocks; the one for HunyuanVideo counts single-stream blocks only
-    (add the number of double-stream blocks).
+    Defaults: 50 steps are refreshed at 6, 18, 27, 34, 39, 43, 46, 48, which is the authors' table (6, 18, 26, 32, 38,
+    42, 46, 48) to two steps.
+
+    Differs: the authors segment the model's own predictions and count the attention that falls on the foreground;
+    thresholds are not published. `diffeff.search.profiles.block_drift` ranks blocks by how much what they add drifts
+    from step to step instead, and takes the steadiest. `PUBLISHED["wan-14b"]` is the authors' list for 40 blocks; the
+    one for HunyuanVideo counts single-stream blocks only (add the number of double-stream blocks).
 
     Transformers only. Holds one residual per run of blocks, stream and branch.
 

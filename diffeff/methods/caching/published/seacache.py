@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from diffeff.core.config import knob
+from diffeff.errors import ConfigError
 from diffeff.methods.caching.indicator import Accumulated
 from diffeff.methods.caching.policy import Threshold
 from diffeff.methods.caching.predictor import PREDICTORS
@@ -27,14 +28,17 @@ class SeaCache(CacheConfig):
     L1 changes of that from step to step are summed since the last computed one, and the stack is computed when the sum
     reaches `threshold`. The decision needs the latents alone and falls before the blocks.
 
-    In diffusers 0.42 the filter gets its noise level from the few pipelines that pass one (Cosmos 3, Wan text to
-    video), so that SeaCache never skips elsewhere. Here it comes from the clock, for every scheduler that has noise
+    Differs: in diffusers 0.42 the filter gets its noise level from the few pipelines that pass one (Cosmos 3, Wan text
+    to video), so that SeaCache never skips elsewhere. Here it comes from the clock, for every scheduler that has noise
     levels (flow matching, or variance preserving by the ratio of noise to data); decisions on Wan are diffusers'
-    (tested). `predictor` extrapolates over the noise level, not over step numbers. Defaults are diffusers'. The paper
-    filters the modulated input; latents cost a small FFT instead of a part of the model.
+    (tested). `predictor` extrapolates over the noise level, not over step numbers. The paper filters the modulated
+    input; latents cost a small FFT instead of a part of the model.
 
-    `site="step"` predicts the denoiser's output instead, which also serves UNets. Memory: two residuals per stream and
-    branch (linear), two latents.
+    Defaults: diffusers'.
+
+    `site="step"` predicts the denoiser's output instead, which also serves UNets.
+
+    Memory: two residuals per stream and branch (linear; one when held), two latents.
 
     Source: SeaCache (arXiv 2602.18993).
     """
@@ -50,6 +54,14 @@ class SeaCache(CacheConfig):
     first: int = knob(1, "first steps that are always computed", low=0, step=1)
     last: int = knob(1, "last steps that are always computed", low=0, step=1)
     max_skips: int | None = knob(2, "most steps predicted in a row; none: no limit", low=0, step=1)
+    per_row: bool = knob(False, "let every image or video of a batch decide apart (step site only)")
+
+    def check(self) -> None:
+        if self.per_row and self.site == "stack":
+            raise ConfigError(
+                "seacache.per_row is True at site='stack': the rows of a batch go through the blocks together and "
+                "cannot be skipped apart. Use per_row=True with site='step', or batches of one."
+            )
 
     def recipe(self) -> Recipe:
         site: Site = StackSite(head=0, look="latents") if self.site == "stack" else StepSite()
@@ -63,4 +75,5 @@ class SeaCache(CacheConfig):
             last=self.last,
             cap=self.max_skips,
             exact=self.threshold == 0 or self.max_skips == 0,
+            per_row=self.per_row,
         )

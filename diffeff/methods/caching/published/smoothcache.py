@@ -70,11 +70,16 @@ class SmoothCache(CacheConfig):
     up to `horizon` steps, averaged over blocks and prompts. From each computed step, as many steps are skipped as keep
     that error within `threshold`; the first and the last step are computed. Kinds follow schedules of their own.
 
-    `kinds`, `times` and `errors` are that table: kinds by name, the noise level of each calibrated step, and one
-    error per kind, step and distance (in this order; a huge one where a step lies too early). Make them with
-    `diffeff.search.profiles.error_table`. At other numbers of steps it is interpolated over the noise level.
+    `kinds`, `times` and `errors` are that table: kinds by name, the noise level of each calibrated step, and one error
+    per kind, step and distance (in this order; a huge one where a step lies too early). Make them with
+    `diffeff.search.profiles.error_table`.
 
-    The paper's thresholds are 0.08 to 0.35, by model and number of steps. Holds one output per module and branch.
+    Differs: at other numbers of steps the table is interpolated over the noise level, where the published one is for
+    one number.
+
+    Defaults: the paper's thresholds are 0.08 to 0.35, by model and number of steps; 0.15 is ours.
+
+    Holds one output per module and branch.
 
     Source: SmoothCache (arXiv 2411.10510).
     """

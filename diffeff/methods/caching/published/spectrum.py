@@ -25,9 +25,10 @@ class Spectrum(CacheConfig):
     steps: 14 computed). Steps between are `blend` of a ridge fit of Chebyshev polynomials of degree `order` to the last
     `history` snapshots, and the rest of a line through the last two. Nothing is measured or read back.
 
-    The published fit also shrinks the constant term: it predicts 0.83 to 0.90 of a constant. Here moves from the newest
-    snapshot are fitted, so that constants are exact. Defaults are the authors', but for `history`: they keep up to 100
-    snapshots, and 8 hold a fit of degree 4.
+    Differs: the published fit also shrinks the constant term: it predicts 0.83 to 0.90 of a constant. Here moves from
+    the newest snapshot are fitted, so that constants are exact.
+
+    Defaults: the authors', but for `history`: they keep up to 100 snapshots, and 8 hold a fit of degree 4.
 
     Memory: `history` residuals per stream and branch. `site="step"` keeps outputs instead, for any model.
 

@@ -100,9 +100,13 @@ class StepRehash(CacheConfig):
     `times` and `similarities` are the profile: the noise level of every profiled step, and the cosine of each to the
     next (one value less). Make them with `diffeff.search.profiles.similarity_profile`.
 
-    The paper publishes no code for this part and its numbers were not at hand: the rule is our reading of its idea,
-    and `share`, `first` and `last` are ours. Holds one feature map (or residual) per branch, and overwrites it: no
-    memory is added at the peak of a UNet's inner levels.
+    Differs: the paper publishes no code for this part and its numbers were not at hand: the rule is our reading of its
+    idea.
+
+    Defaults: `share`, `first` and `last` are ours, to be tuned.
+
+    Holds one feature map (or residual) per branch, and overwrites it: no memory is added at the peak of a UNet's inner
+    levels.
 
     Source: Step Rehash, in Streamlined Inference (arXiv 2411.01171).
     """

@@ -22,15 +22,19 @@ __all__ = ["TaylorSeer"]
 class TaylorSeer(CacheConfig):
     """Computes every `interval`-th step and extrapolates features in between. No step is measured, nothing read back.
 
-    The published form extrapolates the output of every attention and feed-forward module and holds `order` + 1 of each
-    (24 to 33 GB on HunyuanVideo); extrapolating the residual of the whole stack keeps as much quality (measured by
-    Spectrum, DPCache and L2P) and holds as many residuals, so `site="stack"` is the default; `"modules"` is the
+    Differs: the published form extrapolates the output of every attention and feed-forward module and holds `order` + 1
+    of each (24 to 33 GB on HunyuanVideo); extrapolating the residual of the whole stack keeps as much quality (measured
+    by Spectrum, DPCache and L2P) and holds as many residuals, so `site="stack"` is the default; `"modules"` is the
     published site, `"step"` the denoiser's output, for any model.
 
-    The published sum D_i k^i / i! does not reproduce polynomials of degree 2 and above: it is damped there. `form=
-    "newton"` is exact on them, over noise levels; `"taylor"` is the published form, over step numbers, and the steadier
-    of the two at high orders. diffusers' lite mode needs a layer called proj_out and blocks that return zeros; here the
-    residual is the same for every transformer. Defaults: diffusers' interval 5 is for 50 steps; 4 is the paper's.
+    Also, the published sum D_i k^i / i! does not reproduce polynomials of degree 2 and above: it is damped there.
+    `form= "newton"` is exact on them, over noise levels; `"taylor"` is the published form, over step numbers, and the
+    steadier of the two at high orders. diffusers' lite mode needs a layer called proj_out and blocks that return zeros;
+    here the residual is the same for every transformer.
+
+    Defaults: diffusers' interval 5 is for 50 steps; 4 is the paper's.
+
+    Memory: `order` + 1 residuals per stream and branch; of every module with `site="modules"`, latents with `"step"`.
 
     Source: TaylorSeer (arXiv 2503.06923).
     """

@@ -41,11 +41,12 @@ class TeaCache(CacheConfig):
     the last computed step, and the stack is computed when the sum reaches `threshold`. A skipped step costs the
     embeddings and one normalisation: the decision falls inside the first block, before its attention.
 
-    The published polynomials of degree 4 are used wherever they lead: those of Wan are negative for small changes, so
-    that a quiet stretch pays back what was summed and the cache never computes again. Here values are clamped to 0 and
-    above, and changes to the range the fit saw (`range_low`, `range_high`). Thresholds of a calibration of ours are
-    estimated relative changes of the stack's residual; published thresholds belong to published coefficients, for one
-    resolution and scheduler. PUBLISHED has both by family.
+    Differs: the published polynomials of degree 4 are used wherever they lead: those of Wan are negative for small
+    changes, so that a quiet stretch pays back what was summed and the cache never computes again. Here values are
+    clamped to 0 and above, and changes to the range the fit saw (`range_low`, `range_high`).
+
+    Defaults: thresholds of a calibration of ours are estimated relative changes of the stack's residual; published
+    thresholds belong to published coefficients, for one resolution and scheduler. PUBLISHED has both by family.
 
     Memory: one residual per stream and branch, and one modulated input. Reads one pair of numbers back per step.
 

@@ -32,10 +32,11 @@ class TGate(CacheConfig):
     kept; it stands in for cross attention at all later steps, where only the conditional branch is computed and is the
     prediction. Self attention is then computed at every `late_interval`-th step.
 
-    The gate's default is the paper's 10 of 25 steps, the intervals and the warm-up are those of its code (5, 1 and 2);
-    at which phase of the interval self attention is computed there was not checked.
-    The frozen mean carries some of the guidance on; what is lost is the rest of it, and all of a negative prompt's
-    effect on details.
+    Defaults: the gate is the paper's 10 of 25 steps, the intervals and the warm-up are those of its code (5, 1 and 2);
+    the phase of the interval at which self attention is computed there was not checked.
+
+    Differs: in nothing known. The frozen mean carries some of the guidance on; what is lost is the rest of it, and all
+    of a negative prompt's effect on details.
 
     For models with cross attention (SD, SDXL, SVD, AnimateDiff, PixArt, Wan). Holds one output per cross attention, one
     per self attention and branch before the gate.

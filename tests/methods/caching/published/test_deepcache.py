@@ -8,13 +8,13 @@ import diffusers
 import pytest
 import torch
 from calls import computed
-from DeepCache import DeepCacheSDHelper
 from tiny import make, run
 
 from diffeff.errors import MethodInapplicable
 from diffeff.methods.caching.published.deepcache import DeepCache
 from diffeff.pipeline import DiffEffPipeline
 
+package = pytest.importorskip("DeepCache", reason="decisions are compared with the package (pip extra: peers)")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -26,9 +26,9 @@ def resnets(unet: Any) -> dict[str, str]:
     return {name: "conv1" for name, module in unet.named_modules() if type(module).__name__ == "ResnetBlock2D"}
 
 
-def helper(pipe: Any, interval: int, branch: int = 0) -> DeepCacheSDHelper:
+def helper(pipe: Any, interval: int, branch: int = 0) -> Any:
     """The package, switched on."""
-    found = DeepCacheSDHelper(pipe=pipe)
+    found = package.DeepCacheSDHelper(pipe=pipe)
     found.set_params(cache_interval=interval, cache_branch_id=branch)
     found.enable()
     return found

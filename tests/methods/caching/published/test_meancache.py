@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from patterns import TinyJob, our_run
 from tiny import make, run
 
+from diffeff.core.clockwork import wind
+from diffeff.core.run import Clock
 from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.curve import nearest_entries
 from diffeff.methods.caching.informed import MeanVelocity
-from diffeff.methods.caching.published.meancache import MeanCache
+from diffeff.methods.caching.published.meancache import MeanCache, no_velocities
 from diffeff.methods.caching.track import Moment, Snapshot
 from diffeff.pipeline import DiffEffPipeline
 from diffeff.search.calibration import calibrate
@@ -82,3 +85,25 @@ def test_without_a_table_it_is_refused() -> None:
         MeanCache(sigmas=(0.5, 1.0), spans=(1, 1))
     with pytest.raises(ConfigError, match="computed is 12"):
         calibrate(DiffEffPipeline(make("wan")), TinyJob("wan", 8), MeanCache(computed=12))
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart", "cogvideox"])
+def test_models_that_predict_no_velocity_are_refused_with_a_way_out(family: str) -> None:
+    """Noise (sd, pixart) and the v of variance-preserving schedules (cogvideox)."""
+    pipe = DiffEffPipeline(make(family), [MeanCache(sigmas=(1.0, 0.5), spans=(1, 1))])
+    with pytest.raises(MethodInapplicable, match=r"none of flow matching.*Use spectrum or taylorseer"):
+        run(family, pipe, steps=10)
+    pipe.remove()
+    with pytest.raises(MethodInapplicable, match="none of flow matching"):
+        calibrate(pipe, TinyJob(family, 10), MeanCache(computed=4))
+
+
+def test_schedules_that_repeat_noise_levels_are_refused() -> None:
+    clock, heun = Clock(), diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    heun.set_timesteps(10)
+    wind(clock, heun)
+    assert "repeats some" in no_velocities(clock)
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    euler.set_timesteps(10)
+    wind(clock, euler)
+    assert not no_velocities(clock)

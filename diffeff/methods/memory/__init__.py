@@ -1,0 +1,1 @@
+"""Methods that lower the memory of activations and decoding."""
