@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cache_file", "chip", "forget", "machine", "timings"]
+__all__ = ["cache_file", "chip", "forget", "machine", "sample", "timings"]
 
 log = logging.getLogger("diffeff")
 _BUDGET = 0.3
@@ -67,22 +67,23 @@ def _measure(candidates: Mapping[str, Callable[[], object]], device: torch.devic
             break
         for name, fn in candidates.items():  # alternating, so that a slow spell of the machine hits all of them
             if loops[name]:
-                best[name] = min(best[name], _sample(fn, loops[name], device))
+                best[name] = min(best[name], sample(fn, loops[name], device))
     return best
 
 
 def _loops(fn: Callable[[], object], device: torch.device) -> int:
     """Warms `fn` up and says how often to repeat it in one sample; 0 when it cannot run."""
     try:
-        _sample(fn, 1, device)
-        once = _sample(fn, 1, device)
+        sample(fn, 1, device)
+        once = sample(fn, 1, device)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         log.debug("micro-benchmark candidate left out: %s", error)
         return 0
     return max(1, min(50, int(_SAMPLE / max(once, 1e-7))))
 
 
-def _sample(fn: Callable[[], object], loops: int, device: torch.device) -> float:
+def sample(fn: Callable[[], object], loops: int, device: torch.device) -> float:
+    """Seconds of one call, the mean over `loops` in a row, with the device's queue emptied before and after."""
     _synchronise(device)
     start = time.perf_counter()
     for _ in range(loops):

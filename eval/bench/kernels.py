@@ -8,7 +8,6 @@ rows say so. Results are compared with the baseline's, so that no fast wrong ans
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -23,7 +22,7 @@ from diffeff.errors import UnknownName, nearest
 from diffeff.eval.bench.kernel_cases import CASES, OURS, Case, Place
 from diffeff.eval.bench.rows import quartiles
 from diffeff.eval.bench.stamp import run_stamp
-from diffeff.kernels.microbench import machine
+from diffeff.kernels.microbench import machine, sample
 from diffeff.kernels.targets import runs_triton
 from diffeff.report import environment
 
@@ -192,28 +191,14 @@ def _shares(result: Any, args: Any) -> bool:
 
 # --- time -----------------------------------------------------------------------------------------------------------
 def _alternate(arms: Mapping[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    loops = {name: max(1, int(_SAMPLE / max(_sample(arm, 1, device), 1e-7))) for name, arm in arms.items()}
+    loops = {name: max(1, int(_SAMPLE / max(sample(arm, 1, device), 1e-7))) for name, arm in arms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
         for name in list(arms)[:: -1 if turn % 2 else 1]:
-            seconds[name].append(_sample(arms[name], loops[name], device))
+            seconds[name].append(sample(arms[name], loops[name], device))
     return seconds
 
 
 def _best(fn: Callable[[], object], device: torch.device) -> float:
-    _sample(fn, 2, device)
-    return min(_sample(fn, 3, device) for _ in range(7))
-
-
-def _sample(fn: Callable[[], object], loops: int, device: torch.device) -> float:
-    _synchronise(device)
-    start = time.perf_counter()
-    for _ in range(loops):
-        fn()
-    _synchronise(device)
-    return (time.perf_counter() - start) / loops
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    sample(fn, 2, device)
+    return min(sample(fn, 3, device) for _ in range(7))
