@@ -50,6 +50,10 @@ def rows(pipe: DiffEffPipeline, job: Job, interval: int) -> dict[str, Config]:
     predicted: dict[str, Config] = {
         n: FeatureCache.from_dict({"predictor": n, "interval": interval}) for n in spec.choices
     }
+    indexed: dict[str, Config] = {
+        f"{n}, axis=index": FeatureCache.from_dict({"predictor": n, "interval": interval, "axis": "index"})
+        for n in ("linear", "quadratic", "cubic", "adams_bashforth", "bdf")
+    }
     learned = {n: calibrate(pipe, job, replace(L2P(interval=interval), **more)) for n, more in _LEARNED.items()}
     parts: dict[str, Config] = {
         "fora": FORA(interval=interval),
@@ -60,7 +64,7 @@ def rows(pipe: DiffEffPipeline, job: Job, interval: int) -> dict[str, Config]:
         "foresight": Foresight(),
         "foresight, 1.0": Foresight(threshold=1.0, interval=interval),
     }
-    return {**predicted, **learned, **parts}
+    return {**predicted, **indexed, **learned, **parts}
 
 
 def measure(model: str, prompts: int, interval: int, batch: int = 4) -> Iterator[dict[str, Any]]:

@@ -20,11 +20,12 @@ from diffeff.errors import UnknownName, nearest
 from diffeff.eval.render import methods, plots
 from diffeff.eval.render.advice import curves, sentences
 from diffeff.eval.render.document import anchor
-from diffeff.eval.render.equal_quality import equal_quality_table
+from diffeff.eval.render.equal_quality import equal_quality_table, is_tuned
 from diffeff.eval.render.layout import groups_of
 from diffeff.eval.render.markup import Markup
 from diffeff.eval.render.records import Cell, Row, cells, latest, newest, of, read_rows
 from diffeff.eval.render.speed_plot import speed_psnr
+from diffeff.eval.render.studies import STUDIES
 from diffeff.eval.render.tables import (
     bench_table,
     failures_table,
@@ -80,6 +81,7 @@ def _parts(results: Path) -> dict[str, Callable[[], str]]:
         "overhead": partial(_overhead, results),
         "scaling": partial(_scaling, results),
     }
+    parts |= {f"study-{name.replace(' ', '-')}": partial(_study, results, name) for name in STUDIES}
     for model in MODELS:
         parts |= {f"trade-{model}": partial(_short, results, model), f"bench-{model}": partial(_whole, results, model)}
     return parts
@@ -109,9 +111,10 @@ def _short(results: Path, model: str) -> str:
 
 
 def headline(found: Sequence[Cell]) -> list[Cell]:
-    """Plain, the presets as they are, and what is nearest to them in speed: the model's own solver with fewer steps for
-    each, the other solvers and the best sweep of each package for the middle one."""
+    """Plain, the presets and tuned plans as they are, and what is nearest to the presets in speed: the own solver with
+    fewer steps for each, the other solvers and the best sweep of each package for the middle one."""
     presets = [cell for cell in found if cell.kind == "plan" and cell.label in PRESETS and cell.rated]
+    tuned = [cell for cell in found if is_tuned(cell) and cell.rated]
     marks = sorted(cell.speed.value for cell in presets if cell.speed) or [2.0]
     middle = marks[len(marks) // 2]
     own, *others = [*curves(found).values()] or [[]]
@@ -122,7 +125,7 @@ def headline(found: Sequence[Cell]) -> list[Cell]:
         if group[0].kind == "peer":
             cell = min(group, key=partial(_away, middle))
             packages[cell.package] = max(packages.get(cell.package, cell), cell, key=_closeness)
-    kept = {id(cell) for cell in (*presets, *near, *packages.values())}
+    kept = {id(cell) for cell in (*presets, *tuned, *near, *packages.values())}
     return [cell for cell in found if cell.is_plain or id(cell) in kept]
 
 
@@ -202,6 +205,10 @@ def _matrix(results: Path) -> str:
 def _overhead(results: Path) -> str:
     rows = newest(records("overhead", results), "model")
     return overhead_table(rows) if rows else "Not measured yet: `python -m diffeff.eval.overhead` does."
+
+
+def _study(results: Path, name: str) -> str:
+    return STUDIES[name].table(records(name, results))
 
 
 def _features(results: Path) -> str:
