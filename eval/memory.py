@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from diffeff.eval.bench.stamp import run_stamp
 from diffeff.memory import held_bytes, peak_memory
 from diffeff.methods.memory.live import live_activations
 from diffeff.methods.memory.planner import MemoryGoal
@@ -99,6 +100,7 @@ def measure(name: str) -> dict[str, Any]:
         "live_ratio": round(estimate.activations / live.peak, 4),
         "estimated_growth": expected,
         "measured_growth": growth,
+        **run_stamp(),
         "rss_ratio": round(expected / growth, 3) if growth and growth > _SMALLEST else None,
         "threads": torch.get_num_threads(),
         "environment": environment(),
@@ -135,6 +137,7 @@ def fit(model: str = "animatediff", share: float = 0.5) -> dict[str, Any]:
     return {"benchmark": "memory fit", "model": model, "budget": budget, "measured": peak.bytes, "kept": kept} | {
         "plain_estimate": plain.peak,
         "chosen": chosen,
+        **run_stamp(),
         "environment": environment(),
     }
 

@@ -35,7 +35,7 @@ __all__ = ["compare"]
 
 STEPS = 12
 BUDGETS = (4, 6, 8)
-SEEDS = (5001, 5002, 5003)
+SEEDS = (6001, 6002, 6003)
 MODEL = "sprites-wan"
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     prompts = load_prompts("sprites", 200).prompts
     stamp = run_stamp() | {"environment": environment()}
     for number, seed in enumerate(SEEDS):
-        job = Job((prompts[-11 - number].text,), (seed,), call, (UnpadText(),))
+        job = Job((prompts[-31 - number].text,), (seed,), call, (UnpadText(),))
         for row in compare(pipe, job, BUDGETS):
             head = {"benchmark": "oracle", "model": MODEL, "steps": STEPS, "seed": seed, "prompt": job.prompts[0]}
             sys.stdout.write(json.dumps({**head, **row, "call": call, **stamp}) + "\n")

@@ -68,7 +68,7 @@ class Request:
         str | None, _option("What may be combined: steps, preset, guidance, schedule, solver; all.", _SEARCH)
     ] = None
     rounds: Annotated[int, _option("Rounds of measuring on fresh seeds.", _SEARCH, min=1)] = 1
-    swaps: Annotated[int, _option("Most trials of moving single steps, per schedule.", _SEARCH, min=0)] = 12
+    swaps: Annotated[int, _option("Most trials of moving steps, per schedule.", _SEARCH, min=0)] = 24
     device: Annotated[_DEVICES, _option("auto takes cuda, then mps, then cpu.", _SEARCH)] = "auto"
     dtype: Annotated[_DTYPES, _option("auto is bfloat16 on cuda and float32 elsewhere.", _SEARCH)] = "auto"
     save: Annotated[Path | None, _option("Plan file to write.", _FILES)] = None

@@ -16,7 +16,7 @@ from diffeff.search.trace import Job, Trace
 
 __all__ = ["choose", "corrected"]
 
-SEVERAL = 10
+SEVERAL = 20
 """How many of the best schedules on record are tried on real runs."""
 SPLITS = 5
 """How many numbers of steps, for the same number of branches, are tried on real runs."""
@@ -26,7 +26,7 @@ def choose(
     search: ScheduleSearch,
     rows: int,
     evaluate: EndError,
-    swaps: int = 12,
+    swaps: int = 24,
     *,
     several: int = SEVERAL,
     observe: Callable[[float], None] = lambda done: None,
@@ -34,7 +34,7 @@ def choose(
     """The schedule of `rows` computed branches whose real run ends nearest to the plain one, and how near.
 
     Tried on real runs: the best split of the branches over steps, of several on record; the `several` best sets of
-    computed steps of that split; then up to `swaps` moves of single steps. `evaluate` keeps the best one's run.
+    computed steps of that split; then up to `swaps` moves of steps. `evaluate` keeps the best one's run.
     """
     splits = search.schedules(rows, (FITTED,))[:SPLITS]
     split = splits[0] if len(splits) == 1 else min(splits, key=evaluate)
@@ -53,7 +53,7 @@ def corrected(
     rows: int,
     *,
     rounds: int = 3,
-    swaps: int = 12,
+    swaps: int = 24,
     observe: Callable[[float, str], None] = lambda done, what: None,
 ) -> Schedule:
     """The best schedule of `rows` computed branches, its weights adjusted to where the plain run of `job` ends.

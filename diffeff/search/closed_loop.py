@@ -109,18 +109,28 @@ def halved_of(schedule: Schedule) -> tuple[int, ...]:
 def neighbours(
     computed: Sequence[int], halved: Sequence[int], steps: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Schedules that differ by one: a computed step moved, or the place of a half one exchanged with a
-    neighbour's. Short moves and late ones first: less has to be computed anew to try them."""
-    for shift in (sign * distance for distance in range(1, steps) for sign in (1, -1)):
-        for number in range(len(computed) - 1, 0, -1):
-            k = computed[number] + shift
-            if 0 < k < steps and k not in computed:
-                moved = tuple(sorted({*computed} - {computed[number]} | {k}))
-                yield moved, tuple(sorted(k if h == computed[number] else h for h in halved))
+    """Schedules that differ by one move: of a computed step, of all from one on by one step, or of the place of a half
+    one with its neighbour's. Short moves and late ones first: less has to be computed anew to try them."""
+    for distance in range(1, steps):
+        for shift in (distance, -distance):
+            for number in range(len(computed) - 1, 0, -1):
+                yield from _moved(computed, halved, steps, shift, computed[number : number + 1])
+        for shift in (1, -1) if distance == 1 else ():
+            for number in range(len(computed) - 2, 0, -1):
+                yield from _moved(computed, halved, steps, shift, computed[number:])
     for number in range(len(computed) - 1, 1, -1):
         a, b = computed[number - 1], computed[number]
         if (a in halved) != (b in halved):
             yield tuple(computed), tuple(sorted({*halved} ^ {a, b}))
+
+
+def _moved(
+    computed: Sequence[int], halved: Sequence[int], steps: int, shift: int, which: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The schedule with some steps moved; nothing where one of them would fall on another or out of the run."""
+    moved, others = {k + shift for k in which}, {*computed} - {*which}
+    if min(moved) > 0 and max(moved) < steps and not moved & others:
+        yield tuple(sorted(others | moved)), tuple(sorted(h + shift if h in which else h for h in halved))
 
 
 def local_swaps(
@@ -128,13 +138,13 @@ def local_swaps(
     first: Schedule,
     evaluate: Callable[[Schedule], float],
     error: float,
-    trials: int = 12,
+    trials: int = 24,
     *,
     names: Sequence[str] = CANDIDATES,
     keep: Callable[[Schedule], None] = lambda schedule: None,
     observe: Callable[[float], None] = lambda done: None,
 ) -> tuple[Schedule, float]:
-    """Move single computed steps while the true error falls, for at most `trials` runs.
+    """Move computed steps while the true error falls, for at most `trials` runs.
 
     `error` is that of `first`; `keep` hears of every better schedule right after it ran.
     """

@@ -52,7 +52,7 @@ def tune(
     seeds: Sequence[int] | None = None,
     families: Sequence[str] = FAMILIES,
     rounds: int = 3,
-    swaps: int = 12,
+    swaps: int = 24,
     timed_rounds: int = 1,
     work: str | Path | None = None,
     observe: Observe = lambda done, what: None,
@@ -99,7 +99,7 @@ class _Tuner:
     stamp: ModelStamp
     work: WorkFile
     rounds: int = 3
-    swaps: int = 12
+    swaps: int = 24
     timed_rounds: int = 1
     progress: Progress = field(default_factory=lambda: Progress(lambda done, what: None, 1.0))
     points: dict[str, Point] = field(default_factory=dict)

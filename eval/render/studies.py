@@ -48,6 +48,24 @@ def _decibels(found: Mapping[str, float]) -> str:
     return f"{found['psnr']:.1f} [{found['low']:.1f}, {found['high']:.1f}], {found['prompts']:.0f} prompts"
 
 
+def _adherence(row: Row) -> list[str]:
+    psnr, counts = row["psnr"], row["attributes"]
+    whole = counts["all"]
+    single = [f"{name} {found['right']}" for name, found in counts.items() if name != "all"]
+    return [
+        str(row["model"]),
+        str(row["plan"]),
+        f"{psnr['mean']:.1f} dB [{psnr['low']:.1f}, {psnr['high']:.1f}], worst {psnr['worst']:.1f}",
+        _right(whole, row["prompts"]),
+        _right(whole["plain"], row["prompts"]),
+        ", ".join(single),
+    ]
+
+
+def _right(found: Mapping[str, float], trials: int) -> str:
+    return f"{found['right']} of {trials} [{100 * found['low']:.1f}, {100 * found['high']:.1f} %]"
+
+
 def _architectures(row: Row) -> list[str]:
     speed = row["speedup"]
     return [
@@ -115,7 +133,7 @@ def _fit(row: Row) -> list[str]:
         str(row["model"]),
         _mebibytes(row["plain_estimate"]),
         _mebibytes(row["budget"]),
-        str(row["chosen"]["name"]) if row["chosen"] else DASH,
+        str(row["chosen"]["step"]) if row["chosen"] else DASH,
         _mebibytes(row["measured"]),
         "yes" if row["kept"] else "no",
     ]
@@ -142,6 +160,12 @@ STUDIES: Mapping[str, Study] = {
         ("model", "to"),
         ("model", "carried to", "PSNR where it was tuned, or of one tuned there", "PSNR there", "loss"),
         _transfer,
+    ),
+    "adherence": Study(
+        "python -m diffeff.eval.adherence MODEL PLAN >> eval/results/adherence.jsonl",
+        ("model", "plan"),
+        ("model", "plan", "PSNR to plain", "show all that was asked for", "plain does", "of these, each alone"),
+        _adherence,
     ),
     "architectures": Study(
         "python -m diffeff.eval.architectures -o eval/results/architectures.jsonl",

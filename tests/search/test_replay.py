@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffeff.errors import ConfigError
 from diffeff.methods.caching.predictor import PREDICTORS, combine
-from diffeff.search.closed_loop import local_swaps
+from diffeff.search.closed_loop import local_swaps, neighbours
 from diffeff.search.replay import CANDIDATES, FITTED, Replay, costs, exact
 from diffeff.search.schedule import Schedule
 from diffeff.search.schedules import ScheduleSearch
@@ -157,3 +157,17 @@ def test_the_search_comes_within_five_percent_of_the_exhaustive_best(seed: int) 
         first = min(search.several(budget, 0, 24, ("linear",)), key=evaluate)
         _, found = local_swaps(search, first, evaluate, evaluate(first), 60, names=("linear",))
         assert found <= 1.05 * best
+
+
+def test_neighbours_are_single_moves_tail_moves_and_exchanges_each_once() -> None:
+    found = list(neighbours((0, 2, 5), (5,), 7))
+    assert len(found) == len(set(found))
+    assert all(len(computed) == 3 and computed[0] == 0 and max(computed) < 7 for computed, _ in found)
+    assert found[0] == ((0, 2, 6), (6,))
+    assert ((0, 3, 6), (6,)) in found  # both behind the first
+    assert ((0, 1, 4), (4,)) in found
+    assert ((0, 2, 5), (2,)) in found
+    assert ((0, 2, 5), (5,)) not in found
+    assert {computed for computed, _ in found if len({*computed} & {0, 2, 5}) == 2} == {
+        *((0, 2, k) for k in (1, 3, 4, 6) if k > 2), (0, 1, 2), *((0, k, 5) for k in (1, 3, 4)), (0, 5, 6),
+    }  # fmt: skip

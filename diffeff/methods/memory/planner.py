@@ -20,7 +20,7 @@ from diffeff.methods.memory.ladder import Rung, put_on, rungs
 __all__ = ["MemoryGoal", "MemoryPlan", "Step", "plan_memory"]
 
 log = logging.getLogger("diffeff")
-_MOST = 8
+_MOST = 32
 """Times as many operators as the call as asked takes, beyond which slices are too small to be worth a trace."""
 Check = Callable[[Sequence[Method[Any]], tuple[DenoiserMap, ...]], None]
 
@@ -209,13 +209,13 @@ def _refusal(pipeline: Any, goal: MemoryGoal, budget: int, steps: Sequence[Step]
         f"{_size(stage.weights)} of weights, {_size(stage.activations)} of activations, "
         f"{_size(stage.snapshots)} of cache snapshots"
         f"{f', {_size(least.process)} of the process itself' if least.process else ''}. What would help: "
-        f"{'; '.join(_advice(goal, least))}."
+        f"{'; '.join(_advice(goal, budget, least))}."
     )
 
 
-def _advice(goal: MemoryGoal, least: Estimate) -> Iterator[str]:
+def _advice(goal: MemoryGoal, budget: int, least: Estimate) -> Iterator[str]:
     stage = least.stages[least.binding]
-    if stage.activations > stage.weights // 4:
+    if least.peak - stage.activations <= budget:
         yield "fewer frames, a smaller size or batch"
     if stage.snapshots > stage.total // 10:
         yield "a cache that keeps fewer snapshots"

@@ -59,8 +59,8 @@ class _Cuts:
     held: int
 
     def rows(self, rows: int, tokens: int, channels: int) -> list[tuple[int, int]]:
-        """A residual block holds its input, its norm and a convolution; wide ones are cut finer."""
-        enough = max(self.tokens // 2, self.tokens * _WIDE // max(channels, _WIDE))
+        """A residual block holds its input, its norm and a convolution; wide ones are cut finer, narrow ones less."""
+        enough = max(self.tokens // 2, self.tokens * _WIDE // max(channels, _WIDE), 2 * self._tokens(channels))
         return self._cut(rows, enough / tokens, _FEWEST / tokens, 4 * tokens * channels)
 
     def attended(self, rows: int, tokens: int, channels: int) -> list[tuple[int, int]]:
