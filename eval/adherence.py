@@ -72,7 +72,9 @@ def main() -> None:
 
 def _evaluated(model: str, plan: Plan, limit: int, folder: Path) -> Mapping[str, Any]:
     metrics = ("psnr", "adherence")
-    return evaluate(EvalSettings(model, plan, limit=limit, metrics=metrics, out=folder / "report.json")).report
+    return evaluate(
+        EvalSettings(subject=model, plan=plan, limit=limit, metrics=metrics, out=folder / "report.json")
+    ).report
 
 
 if __name__ == "__main__":

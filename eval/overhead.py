@@ -41,7 +41,7 @@ _IDLE: Mapping[str, Mapping[str, Any]] = {
     "fastercache": {"interval": 1, "guidance_interval": 1},
     "adacache": {"limits": (1.0,), "intervals": (1,)},
     "profilingdit": {"warm_up": 1.0},
-    "scheduled_cache": {"actions": ("both",) * 8},
+    "scheduled_cache": {"actions": ("both",) * 64},
 }
 """Options that skip nothing, of caches that have neither a threshold nor an interval that says so."""
 

@@ -32,7 +32,7 @@ class AtLevel:
 
 def is_tuned(cell: Cell) -> bool:
     """Whether the arm is a plan that `diffeff tune` made for this model: its file says for how many dB."""
-    return cell.kind == "plan" and cell.group.endswith("tuned")
+    return cell.kind == "plan" and cell.group.endswith(" tuned")
 
 
 def speed_at(cells: Sequence[Cell], level: float) -> AtLevel | None:

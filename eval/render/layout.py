@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +13,19 @@ from diffeff.eval.render.style import MARKERS, Point, look
 __all__ = ["Frame", "frame_of", "groups_of", "labels_of", "lines_of", "markers_of", "rated_of"]
 
 
+EXACT = 100.0
+"""PSNR, in dB, from which on an arm differs by rounding only."""
+
+
 @dataclass(frozen=True)
 class Frame:
-    """Limits of both axes. Identical clips have no finite PSNR: they stand at `ceiling`, above all others."""
+    """Limits of both axes. Exact arms (identical clips, which have no finite PSNR, and such as differ by rounding)
+    stand at `ceiling`, above all others."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     ceiling: float
-    identical: bool
+    exact: bool
 
     def spot(self, cell: Cell) -> Point:
         """Where a cell stands, in speed-up and dB. Raises ConfigError for one without the two numbers."""
@@ -30,8 +34,8 @@ class Frame:
         return cell.speed.value, min(cell.psnr.value, self.ceiling)
 
     def line(self, cells: Sequence[Cell]) -> list[Point]:
-        """The line through cells; identical ones have no place on it."""
-        return [self.spot(cell) for cell in cells if cell.psnr and math.isfinite(cell.psnr.value)]
+        """The line through cells; exact ones have no place on it."""
+        return [self.spot(cell) for cell in cells if cell.psnr and cell.psnr.value < EXACT]
 
 
 def rated_of(cells: Iterable[Cell]) -> list[Cell]:
@@ -45,12 +49,12 @@ def rated_of(cells: Iterable[Cell]) -> list[Cell]:
 def frame_of(shown: Sequence[Cell]) -> Frame:
     """Limits with room for labels around the rated cells."""
     speeds = [cell.speed.value for cell in shown if cell.speed]
-    heights = [cell.psnr.value for cell in shown if cell.psnr and math.isfinite(cell.psnr.value)]
-    identical, heights = len(heights) < len(shown), heights or [30.0, 50.0]
+    heights = [cell.psnr.value for cell in shown if cell.psnr and cell.psnr.value < EXACT]
+    exact, heights = len(heights) < len(shown), heights or [30.0, 50.0]
     room = max(max(heights) - min(heights), 6.0)
-    top = max(heights) + (0.26 if identical else 0.14) * room
+    top = max(heights) + (0.26 if exact else 0.14) * room
     x = min(0.9, min(speeds) * 0.95), max(speeds) * 1.08 + 0.1
-    return Frame(x, (min(heights) - 0.12 * room, top), max(heights) + 0.16 * room, identical)
+    return Frame(x, (min(heights) - 0.12 * room, top), max(heights) + 0.16 * room, exact)
 
 
 def groups_of(cells: Iterable[Cell]) -> dict[str, list[Cell]]:

@@ -74,10 +74,10 @@ def _axes(frame: Frame, put: Place) -> Iterator[Markup]:
         y = put((0, value))[1]
         yield element("line", x1=left, x2=right, y1=y, y2=y, class_="grid")
         yield element("text", f"{value:g}", x=left - 8, y=y + 4, class_="tick", text_anchor="end")
-    if frame.identical:
+    if frame.exact:
         y = put((0, frame.ceiling))[1]
         yield element("line", x1=left, x2=right, y1=y, y2=y, class_="ceiling")
-        yield element("text", "identical", x=right - 4, y=y - 8, class_="tick", text_anchor="end")
+        yield element("text", "exact", x=right - 4, y=y - 8, class_="tick", text_anchor="end")
     middle = f"rotate(-90 14 {(top + bottom) / 2:g})"
     yield element(
         "text", "speed-up over plain", x=(left + right) / 2, y=_HEIGHT - 8, class_="axis", text_anchor="middle"

@@ -36,10 +36,10 @@ def speed_psnr(cells: Sequence[Cell], title: str) -> Any:
 def _scale(axes: Any, frame: Frame) -> None:
     axes.set(xlim=frame.x, ylim=frame.y)
     axes.axvline(1, color="#9aa3ad", lw=1, ls=(0, (4, 3)), zorder=1)
-    if frame.identical:
+    if frame.exact:
         axes.axhline(frame.ceiling, color=GRID, lw=6, zorder=0)
         across = axes.get_yaxis_transform()
-        axes.text(0.995, frame.ceiling, "identical", transform=across, ha="right", va="center", fontsize=9)
+        axes.text(0.995, frame.ceiling, "exact", transform=across, ha="right", va="center", fontsize=9)
 
 
 def _columns(spots: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -91,7 +91,7 @@ def _slicing(row: Row) -> list[str]:
     size = (
         f"{row['frames']} x {row['size']} x {row['size']}"
         if "size" in row
-        else f"{row['grid']}, {row['layers']} layers"
+        else f"{row['grid']}, {row['layers'] or 'a single'} block"
     )
     return [
         str(row["model"]),

@@ -41,7 +41,7 @@ def test_labels_of_the_speed_plot_do_not_overlap() -> None:
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     (axes,) = figure.axes
-    texts = [text for text in axes.texts if text.get_text() != "identical"]
+    texts = [text for text in axes.texts if text.get_text() != "exact"]
     assert {"high", "balanced", "fast", "fewer steps"} <= {text.get_text() for text in texts}
     boxes = [text.get_window_extent(renderer) for text in texts]
     assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
@@ -53,7 +53,7 @@ def test_identical_clips_stand_above_all_others() -> None:
     rows = bench_rows(samples=False)
     rows[1]["fidelity"] = dict(rows[0]["fidelity"])
     figure = speed_psnr(cells(rows), "speed")
-    assert "identical" in [text.get_text() for text in figure.axes[0].texts]
+    assert "exact" in [text.get_text() for text in figure.axes[0].texts]
 
 
 @pytest.mark.parametrize(
