@@ -67,8 +67,10 @@ def _draw_group(axes: Any, group: Sequence[Cell], frame: Frame, marker: str, lab
     spread = [[s.value - s.low for s in spreads], [s.high - s.value for s in spreads]]
     axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=colour, elinewidth=1, alpha=0.5, zorder=3)
     style = {"color": colour, "lw": 1.1, "marker": marker, "ms": 7.5, "mec": PAPER, "mew": 0.9, "zorder": 4}
-    axes.plot(*_columns(frame.line(group)), clip_on=False, label=label, **style)
+    if line := frame.line(group):  # an empty line would pull the layout to the figure's corner
+        axes.plot(*_columns(line), clip_on=False, **style)
     axes.plot(x, y, clip_on=False, **(style | {"lw": 0}))
+    axes.plot([], [], label=label, **style)
 
 
 def _write_labels(figure: Any, axes: Any, shown: Sequence[Cell], frame: Frame) -> None:
