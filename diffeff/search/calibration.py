@@ -134,7 +134,7 @@ def _measure(pipe: Any, job: Job, site: StackSite) -> _Meter:
         meters.append(_Meter())
         return meters[-1]
 
-    recipe = Recipe(site, Interval(1), indicator=make, view=latest, exact=True)
+    recipe = Recipe(site, Interval(1), indicator=make, view=latest)
     with attached(pipe, site.build(_Measuring(), recipe)) as run:
         run(job)
     if len(meters) > 1:

@@ -130,6 +130,12 @@ class CacheMethod(Method[CacheConfig]):
             asked = sum(p.branch == branch for p in parts)
             statistics.count(branch, at.index, sum(p.branch == branch for p in todo) / asked)
 
+    def _only_counted(self, ledger: Ledger, parts: list[Part], at: Moment) -> bool:
+        """Whether these options never skip anything: the call is then counted, nothing measured or kept for it."""
+        if self.recipe.exact:
+            self._count(ledger.statistics, parts, parts, at)
+        return self.recipe.exact
+
     def _shown(self, run: Run, x: Tensor) -> Tensor:
         """What the indicator sees of what the site shows it."""
         return x if self.recipe.view is None else self.recipe.view(run, x)

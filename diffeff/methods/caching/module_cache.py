@@ -92,6 +92,8 @@ class ModuleCache(CacheMethod):
 
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[[], Outputs]) -> Outputs:
         ledger = self._module_ledger(run, site)
+        if self._only_counted(ledger, present_parts(run)[0], self._moment(run)):
+            return proceed()
         if not self._must_run(run, site, ledger, hidden):
             return self._held(run, ledger)
         outputs = proceed()

@@ -33,8 +33,9 @@ class Recipe:
     `policy` decides between the `first` (and the share `warmup` of the run) and the `last` steps, which are always
     computed, and never lets more than `cap` steps in a row be predicted. `indicator` makes a fresh indicator per run
     and group of rows; it sees what `view` makes of what the site shows it. `feedback` lets predictions join the history
-    that is predicted from. `exact` says that these options never skip anything, so that a run too short for them is no
-    mistake. `missing` says which calibrated data these options lack and how to make them: binding is refused with it.
+    that is predicted from. `exact` says that these options never skip anything: nothing is then measured or kept, and a
+    run too short for them is no mistake. `missing` says which calibrated data these options lack and how to make them:
+    binding is refused with it.
     `refusal` says why the recipe is wrong for the run on this clock; empty where it is not.
     """
 

@@ -101,6 +101,8 @@ class SegmentCache(CacheMethod):
     def enter_segment(self, run: Run, segment: Segment, streams: Streams) -> bool:
         ledger, at = self._segment_ledger(run, segment), self._moment(run)
         parts, rows = present_parts(run)
+        if self._only_counted(ledger, parts, at):
+            return True
         todo = self._to_compute(ledger, parts, at, lambda part: self._shown(run, part.of(streams.image, rows)))
         compute = bool(todo) or streams.image.shape not in ledger.sizes
         self._count(ledger.statistics, parts, parts if compute else [], at)
@@ -119,6 +121,8 @@ class SegmentCache(CacheMethod):
         return Streams(streams.image + image, added)
 
     def leave_segment(self, run: Run, segment: Segment, before: Streams, after: Streams) -> None:
+        if self.recipe.exact:
+            return
         ledger, at = self._segment_ledger(run, segment), self._moment(run)
         parts, rows = present_parts(run)
         ledger.sizes.add(before.image.shape)

@@ -115,6 +115,8 @@ class StackCache(SegmentCache):
         """Whether to compute, by what the indicator sees of `shown`."""
         ledger, at = self._segment_ledger(run, segment), self._moment(run)
         parts, rows = present_parts(run)
+        if self._only_counted(ledger, parts, at):
+            return True
         todo = self._to_compute(ledger, parts, at, lambda part: self._shown(run, part.of(shown, rows)))
         self._count(ledger.statistics, parts, parts if todo else [], at)
         return bool(todo)
@@ -125,7 +127,7 @@ class StackCache(SegmentCache):
         shown.outputs.clear()
         residual = None if shown.input is None else streams.image - shown.input
         shown.input = None
-        if self.site.probe and residual is not None:
+        if self.site.probe and residual is not None and not self.recipe.exact:
             self._note_probe(run, segment, residual)
         if self.site.look == "modulated":
             return True  # decided at the first attention
@@ -143,7 +145,11 @@ class StackCache(SegmentCache):
     def leave_segment(self, run: Run, segment: Segment, before: Streams, after: Streams) -> None:
         ledger, at = self._segment_ledger(run, segment), self._moment(run)
         parts, rows = present_parts(run)
-        outputs, kept = self._call(run).outputs, after - before
+        outputs = self._call(run).outputs
+        if self.recipe.exact:
+            outputs.clear()
+            return
+        kept = after - before
         for part in parts:
             pair = part.of(kept.image, rows), None if kept.text is None else part.of(kept.text, rows)
             told = torch.stack([part.of(x, rows) for x in outputs]) if outputs else None

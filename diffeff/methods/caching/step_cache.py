@@ -46,6 +46,8 @@ class StepCache(CacheMethod):
     def around_step(self, run: Run, call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
         ledger, at = self._ledger(run, call.denoiser.name), self._moment(run)
         parts, rows, sample = parts_of(run, call, self.recipe.per_row), call.rows, call.sample
+        if self._only_counted(ledger, parts, at):
+            return proceed(call)
         todo = self._to_compute(ledger, parts, at, lambda part: self._shown(run, part.of(sample, rows)))
         self._count(ledger.statistics, parts, todo, at)
         asked = call if len(todo) == len(parts) else _only(call, todo)

@@ -116,6 +116,8 @@ class TokenCache(ModuleCache):
     # --- seams --------------------------------------------------------------------------------------------------
     def around_module(self, run: Run, site: ModuleSite, hidden: Tensor, proceed: Callable[..., Outputs]) -> Outputs:
         ledger = self._token_ledger(run, site)
+        if self._only_counted(ledger, present_parts(run)[0], self._moment(run)):
+            return proceed()
         if self._must_run(run, site, ledger, hidden):
             ledger.renew()
             outputs = self._whole(run, site, proceed)
@@ -147,6 +149,10 @@ class TokenCache(ModuleCache):
         block = next(b for b in run.call.denoiser.blocks if b.name == path)
         whole = ModuleSite(f"{path}.{_FUSED[1]}", block.module, "feed_forward", block.index)
         ledger = self._token_ledger(run, whole)
+        if self.recipe.exact:
+            if name == _FUSED[1]:
+                self._only_counted(ledger, present_parts(run)[0], self._moment(run))
+            return proceed(x)
         if name == _FUSED[0]:
             return self._first_linear(run, whole, ledger, x, proceed)
         (found,) = self._partly(run, ledger, x, lambda tokens: (proceed(tokens),))
