@@ -215,7 +215,7 @@ def _refusal(pipeline: Any, goal: MemoryGoal, budget: int, steps: Sequence[Step]
 
 def _advice(goal: MemoryGoal, budget: int, least: Estimate) -> Iterator[str]:
     stage = least.stages[least.binding]
-    if least.peak - stage.activations <= budget:
+    if stage.weights + least.process < budget:
         yield "fewer frames, a smaller size or batch"
     if stage.snapshots > stage.total // 10:
         yield "a cache that keeps fewer snapshots"
