@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from diffeff.anatomy.types import DenoiserMap
 from diffeff.core.config import Config, knob
-from diffeff.core.method import Claim, Layer, Method
+from diffeff.core.method import Claim, Layer, Method, Undo
 from diffeff.core.run import Run, StepCall
 from diffeff.errors import ConfigError, MethodInapplicable
 from diffeff.methods.caching.predictor import accumulate
@@ -19,6 +20,10 @@ from diffeff.methods.guidance.branches import Rows, conditional_alone, halves
 
 __all__ = ["FittedSolver", "FittedSolverMethod", "deltas_known"]
 
+_LATE = (
+    "fitted_solver was fitted to runs from pure noise; image-to-image and video-to-video runs begin later (strength). "
+    "Use feature_cache there."
+)
 DELTAS = 2
 """How many earlier guidance differences an estimated one may draw on."""
 
@@ -122,6 +127,11 @@ class FittedSolverMethod(Method[FittedSolver]):
                 "timesteps. Use feature_cache there."
             )
 
+    def rewrite_pipeline(self, pipeline: Any) -> Undo | None:
+        if "strength" in inspect.signature(type(pipeline).__call__).parameters:
+            raise MethodInapplicable(_LATE)
+        return None
+
     def inspect(self, denoiser: DenoiserMap) -> str:
         return f"{self.config.calls} calls of {denoiser.name}, {len(self.config.guided)} of them with both branches"
 
@@ -133,10 +143,7 @@ class FittedSolverMethod(Method[FittedSolver]):
 
     def begin(self, run: Run) -> None:
         if run.clock.first:
-            raise ConfigError(
-                "fitted_solver was fitted to runs from pure noise; this one begins later (image-to-image strength). "
-                "Use feature_cache there."
-            )
+            raise MethodInapplicable(_LATE)
 
     def around_step(self, run: Run, call: StepCall, proceed: Callable[[StepCall], Tensor]) -> Tensor:
         ledger, k = self._ledger(run), run.clock.index
