@@ -16,7 +16,7 @@ from diffeff.cli.bench_output import bench_table, finish, kept, kernels_table, m
 from diffeff.cli.console import err, out
 from diffeff.cli.flags import command
 from diffeff.cli.group import EPILOG
-from diffeff.cli.request import parse_size, placement
+from diffeff.cli.request import DEVICES, DTYPES, parse_size, placement
 from diffeff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ diffeff bench report bench.jsonl -o bench.html
 diffeff bench report bench.jsonl matrix.jsonl scaling.jsonl -o bench.html"""
 
 _DEFAULT_PLANS, _DEFAULT_AGAINST = "high,balanced,fast", "fewer-steps"
-_DEVICES = Literal["auto", "cpu", "cuda", "mps"]
-_DTYPES = Literal["auto", "float32", "float16", "bfloat16"]
 _WHAT, _CALL, _HOW = "What is compared", "Call of the model", "How it is measured"
 
 
@@ -164,11 +162,9 @@ class Request:
         str | None, typer.Option(metavar="WxH", help="Width and height in pixels.", rich_help_panel=_CALL)
     ] = None
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.", rich_help_panel=_CALL)] = None
-    device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.", rich_help_panel=_HOW)] = (
-        "auto"
-    )
+    device: Annotated[DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.", rich_help_panel=_HOW)] = "auto"
     dtype: Annotated[
-        _DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.", rich_help_panel=_HOW)
+        DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.", rich_help_panel=_HOW)
     ] = "auto"
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.", rich_help_panel=_HOW)] = (
         None
@@ -265,8 +261,8 @@ def scaling(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps; the model's own number if left out.")
     ] = None,
-    device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto",
-    dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto",
+    device: Annotated[DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto",
+    dtype: Annotated[DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto",
     file: Annotated[Path | None, typer.Option("-o", "--out", help="JSON-lines file that gets the rows.")] = None,
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
@@ -299,8 +295,8 @@ def kernels(
     size: Annotated[
         Literal["auto", "full", "small"], typer.Option(help="auto is that of real models on cuda and small elsewhere.")
     ] = "auto",
-    device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto",
-    dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto",
+    device: Annotated[DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto",
+    dtype: Annotated[DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto",
     file: Annotated[Path | None, typer.Option("-o", "--out", help="JSON-lines file that gets the rows.")] = None,
     json: Annotated[bool, typer.Option("--json", metavar="", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEVICES",
+    "DTYPES",
     "Request",
     "call",
     "call_options",
@@ -34,8 +36,8 @@ __all__ = [
 log = logging.getLogger("diffeff")
 DEFAULT_MODEL = "sprites-wan"
 _FILES, _SPEED = "Result and files", "Speed against plain"
-_DEVICES = Literal["auto", "cpu", "cuda", "mps"]
-_DTYPES = Literal["auto", "float32", "float16", "bfloat16"]
+DEVICES = Literal["auto", "cpu", "cuda", "mps"]
+DTYPES = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Request:
     label: Annotated[str | None, typer.Option("--class", help="Class of a class-conditional model (digits-dit).")] = (
         None
     )
-    device: Annotated[_DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto"
-    dtype: Annotated[_DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto"
+    device: Annotated[DEVICES, typer.Option(help="auto takes cuda, then mps, then cpu.")] = "auto"
+    dtype: Annotated[DTYPES, typer.Option(help="auto is bfloat16 on cuda and float32 elsewhere.")] = "auto"
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.", rich_help_panel=_FILES),

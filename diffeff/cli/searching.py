@@ -1,4 +1,4 @@
-"""What the commands that search share: prompts and call of the model, and a bar of the work's progress."""
+"""What the commands that search share: options, prompts and call of the model, a bar of the work's progress."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,7 +18,12 @@ from diffeff.cli.request import call_options, is_clip, recommended
 if TYPE_CHECKING:
     from diffeff.pipeline import DiffEffPipeline
 
-__all__ = ["Subject", "following", "subject"]
+__all__ = ["Subject", "following", "option", "subject"]
+
+
+def option(help_: str, panel: str, *names: str, **more: Any) -> Any:
+    """A command-line option with its help, under the heading `panel`."""
+    return typer.Option(*names, help=help_, rich_help_panel=panel, **more)
 
 
 class Subject(Protocol):

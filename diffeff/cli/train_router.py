@@ -16,8 +16,8 @@ from rich.markup import escape
 from diffeff.cli.console import emit, err, out, quiet_libraries, table
 from diffeff.cli.flags import command
 from diffeff.cli.group import alone
-from diffeff.cli.request import DEFAULT_MODEL, placement
-from diffeff.cli.searching import following, subject
+from diffeff.cli.request import DEFAULT_MODEL, DEVICES, DTYPES, placement
+from diffeff.cli.searching import following, option, subject
 from diffeff.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -48,12 +48,6 @@ diffeff train-router ./my-model --compute 0.5 --prompts prompts.txt --steps 50 -
 diffeff generate "a red circle moving left, camera static" --plan plan.json --compare"""
 
 _TARGET, _CALL, _TRAIN, _FILES = "Target", "Call of the model", "Training", "Result and files"
-_DEVICES = Literal["auto", "cpu", "cuda", "mps"]
-_DTYPES = Literal["auto", "float32", "float16", "bfloat16"]
-
-
-def _option(help_: str, panel: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help_, rich_help_panel=panel, **more)
 
 
 @dataclass(frozen=True)
@@ -63,33 +57,33 @@ class Request:
     model: Annotated[str, typer.Argument(help="A bundled model (diffeff models), a folder, or a hub id.")] = (
         DEFAULT_MODEL
     )
-    output: Annotated[Path, _option("Plan file to write.", _FILES, "-o", "--output")] = Path("router.json")
+    output: Annotated[Path, option("Plan file to write.", _FILES, "-o", "--output")] = Path("router.json")
     speedup: Annotated[
-        float | None, _option("Times less arithmetic in the denoiser; 1.5 if there is no target.", _TARGET)
+        float | None, option("Times less arithmetic in the denoiser; 1.5 if there is no target.", _TARGET)
     ] = None
     compute: Annotated[
-        float | None, _option("Or the share of the modules' arithmetic that is left, such as 0.5.", _TARGET)
+        float | None, option("Or the share of the modules' arithmetic that is left, such as 0.5.", _TARGET)
     ] = None
-    prompts: Annotated[str | None, _option("A file, or a built-in set: sprites, general.", _CALL)] = None
-    limit: Annotated[int, _option("Prompts to train on, in turns.", _CALL, min=1)] = 16
-    steps: Annotated[int | None, _option("Steps of the run; the model's own if left out.", _CALL, min=1)] = None
-    guidance: Annotated[float | None, _option("Classifier-free guidance scale.", _CALL)] = None
-    size: Annotated[str | None, _option("Width and height in pixels.", _CALL, metavar="WxH")] = None
-    frames: Annotated[int | None, _option("Frames of a video.", _CALL, min=1)] = None
-    seed: Annotated[int, _option("Equal seeds give equal routers.", _TRAIN, min=0)] = 0
-    trajectories: Annotated[int, _option("Runs to train on; each costs 3 to 4 plain ones.", _TRAIN, min=1)] = 40
-    minutes: Annotated[float | None, _option("Stop training after so long; it can go on later.", _TRAIN)] = None
-    batch: Annotated[int, _option("Prompts per trajectory.", _TRAIN, min=1)] = 1
+    prompts: Annotated[str | None, option("A file, or a built-in set: sprites, general.", _CALL)] = None
+    limit: Annotated[int, option("Prompts to train on, in turns.", _CALL, min=1)] = 16
+    steps: Annotated[int | None, option("Steps of the run; the model's own if left out.", _CALL, min=1)] = None
+    guidance: Annotated[float | None, option("Classifier-free guidance scale.", _CALL)] = None
+    size: Annotated[str | None, option("Width and height in pixels.", _CALL, metavar="WxH")] = None
+    frames: Annotated[int | None, option("Frames of a video.", _CALL, min=1)] = None
+    seed: Annotated[int, option("Equal seeds give equal routers.", _TRAIN, min=0)] = 0
+    trajectories: Annotated[int, option("Runs to train on; each costs 3 to 4 plain ones.", _TRAIN, min=1)] = 40
+    minutes: Annotated[float | None, option("Stop training after so long; it can go on later.", _TRAIN)] = None
+    batch: Annotated[int, option("Prompts per trajectory.", _TRAIN, min=1)] = 1
     objective: Annotated[
-        Literal["normalised", "published"], _option("How steps are weighed: docs/router.md.", _TRAIN)
+        Literal["normalised", "published"], option("How steps are weighed: docs/router.md.", _TRAIN)
     ] = "normalised"
     measure: Annotated[
-        int, _option("Prompts to measure the plan on afterwards, beside the plain run.", _TRAIN, min=0)
+        int, option("Prompts to measure the plan on afterwards, beside the plain run.", _TRAIN, min=0)
     ] = 4
-    device: Annotated[_DEVICES, _option("auto takes cuda, then mps, then cpu.", _TRAIN)] = "auto"
-    dtype: Annotated[_DTYPES, _option("auto is bfloat16 on cuda and float32 elsewhere.", _TRAIN)] = "auto"
-    work: Annotated[Path | None, _option("File in which the state is kept, to go on after a stop.", _FILES)] = None
-    json: Annotated[bool, _option("Print the result as JSON on stdout.", _FILES, "--json", metavar="")] = False
+    device: Annotated[DEVICES, option("auto takes cuda, then mps, then cpu.", _TRAIN)] = "auto"
+    dtype: Annotated[DTYPES, option("auto is bfloat16 on cuda and float32 elsewhere.", _TRAIN)] = "auto"
+    work: Annotated[Path | None, option("File in which the state is kept, to go on after a stop.", _FILES)] = None
+    json: Annotated[bool, option("Print the result as JSON on stdout.", _FILES, "--json", metavar="")] = False
 
 
 def build() -> typer.Typer:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,8 +14,8 @@ from rich.markup import escape
 from diffeff.cli.console import emit, err, out, quiet_libraries, table
 from diffeff.cli.flags import command
 from diffeff.cli.group import GATE_FAILED, alone
-from diffeff.cli.request import DEFAULT_MODEL, placement
-from diffeff.cli.searching import following, subject
+from diffeff.cli.request import DEFAULT_MODEL, DEVICES, DTYPES, placement
+from diffeff.cli.searching import following, option, subject
 from diffeff.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -40,12 +40,6 @@ diffeff tune ./my-model --min-psnr 35 --prompts prompts.txt --steps 30 --save pl
 diffeff generate "a red circle moving left, camera static" --plan plan.json"""
 
 _TARGET, _CALL, _SEARCH, _FILES = "Target", "Call of the model", "Search", "Result and files"
-_DEVICES = Literal["auto", "cpu", "cuda", "mps"]
-_DTYPES = Literal["auto", "float32", "float16", "bfloat16"]
-
-
-def _option(help_: str, panel: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help_, rich_help_panel=panel, **more)
 
 
 @dataclass(frozen=True)
@@ -55,26 +49,26 @@ class Request:
     model: Annotated[str, typer.Argument(help="A bundled model (diffeff models), a folder, or a hub id.")] = (
         DEFAULT_MODEL
     )
-    min_psnr: Annotated[float | None, _option("Lowest PSNR to the plain run, dB; 30 if no target.", _TARGET)] = None
-    min_speedup: Annotated[float | None, _option("Or the lowest speed-up, at the best PSNR.", _TARGET)] = None
-    prompts: Annotated[str | None, _option("A file, or a built-in set: sprites, general.", _CALL)] = None
-    limit: Annotated[int, _option("Prompts to tune on.", _CALL, min=1)] = 4
-    seed: Annotated[int, _option("Seed of the first prompt.", _CALL, min=0)] = 0
-    steps: Annotated[int | None, _option("Steps of the plain run; the model's own if left out.", _CALL, min=1)] = None
-    guidance: Annotated[float | None, _option("Classifier-free guidance scale.", _CALL)] = None
-    size: Annotated[str | None, _option("Width and height in pixels.", _CALL, metavar="WxH")] = None
-    frames: Annotated[int | None, _option("Frames of a video.", _CALL, min=1)] = None
+    min_psnr: Annotated[float | None, option("Lowest PSNR to the plain run, dB; 30 if no target.", _TARGET)] = None
+    min_speedup: Annotated[float | None, option("Or the lowest speed-up, at the best PSNR.", _TARGET)] = None
+    prompts: Annotated[str | None, option("A file, or a built-in set: sprites, general.", _CALL)] = None
+    limit: Annotated[int, option("Prompts to tune on.", _CALL, min=1)] = 4
+    seed: Annotated[int, option("Seed of the first prompt.", _CALL, min=0)] = 0
+    steps: Annotated[int | None, option("Steps of the plain run; the model's own if left out.", _CALL, min=1)] = None
+    guidance: Annotated[float | None, option("Classifier-free guidance scale.", _CALL)] = None
+    size: Annotated[str | None, option("Width and height in pixels.", _CALL, metavar="WxH")] = None
+    frames: Annotated[int | None, option("Frames of a video.", _CALL, min=1)] = None
     families: Annotated[
-        str | None, _option("What may be combined: steps, preset, guidance, schedule, solver; all.", _SEARCH)
+        str | None, option("What may be combined: steps, preset, guidance, schedule, solver; all.", _SEARCH)
     ] = None
-    rounds: Annotated[int, _option("Rounds of measuring on fresh seeds.", _SEARCH, min=1)] = 1
-    swaps: Annotated[int, _option("Most trials of moving steps, per schedule.", _SEARCH, min=0)] = 24
-    device: Annotated[_DEVICES, _option("auto takes cuda, then mps, then cpu.", _SEARCH)] = "auto"
-    dtype: Annotated[_DTYPES, _option("auto is bfloat16 on cuda and float32 elsewhere.", _SEARCH)] = "auto"
-    save: Annotated[Path | None, _option("Plan file to write.", _FILES)] = None
-    plot: Annotated[Path | None, _option("PNG of the Pareto front.", _FILES)] = None
-    work: Annotated[Path | None, _option("File in which results are kept, to go on after a stop.", _FILES)] = None
-    json: Annotated[bool, _option("Print the result as JSON on stdout.", _FILES, "--json", metavar="")] = False
+    rounds: Annotated[int, option("Rounds of measuring on fresh seeds.", _SEARCH, min=1)] = 1
+    swaps: Annotated[int, option("Most trials of moving steps, per schedule.", _SEARCH, min=0)] = 24
+    device: Annotated[DEVICES, option("auto takes cuda, then mps, then cpu.", _SEARCH)] = "auto"
+    dtype: Annotated[DTYPES, option("auto is bfloat16 on cuda and float32 elsewhere.", _SEARCH)] = "auto"
+    save: Annotated[Path | None, option("Plan file to write.", _FILES)] = None
+    plot: Annotated[Path | None, option("PNG of the Pareto front.", _FILES)] = None
+    work: Annotated[Path | None, option("File in which results are kept, to go on after a stop.", _FILES)] = None
+    json: Annotated[bool, option("Print the result as JSON on stdout.", _FILES, "--json", metavar="")] = False
 
 
 def build() -> typer.Typer:

@@ -34,7 +34,8 @@ class FeatureSlicing(Config):
     In UNets spatial operators run on some frames (and guidance halves), temporal ones on some pixels of all frames;
     skip connections that are cheap to recompute are, the others are overwritten by their reader. In transformers
     everything but the keys and values runs on some tokens. `memory` is the most the run may hold in all, weights
-    included; left empty, slices are as small as they can be without running measurably slower.
+    included; left empty, slices are as small as models of released widths take without running measurably slower;
+    models whose operators take microseconds do run slower.
 
     Source: Streamlined Inference (arXiv 2411.01171), its exact form.
     """

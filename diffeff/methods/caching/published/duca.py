@@ -100,6 +100,8 @@ class _DuCaMethod(TokenCache):
         return Streams(streams.image + image, more)
 
     def leave_segment(self, run: Run, segment: Segment, before: Streams, after: Streams) -> None:
+        if self.recipe.exact:
+            return
         (parts, rows), added = present_parts(run), after - before
         for part in parts:
             self._stack(run).added[part.branch] = added.map(lambda x, part=part: part.of(x, rows))  # type: ignore[misc]
