@@ -13,9 +13,18 @@ __all__ = ["tune_plot"]
 
 Entry = Mapping[str, Any]
 
-_MARKERS = {"steps": ".", "preset": "s", "guidance": "D", "schedule": "o", "solver": "^"}
+_MARKERS = {"steps": ".", "exact": "P", "preset": "s", "guidance": "D", "schedule": "o", "solver": "^"}
+_PACKAGES = {
+    "exact": "plain",
+    "steps": "fewer-steps",
+    "schedule": "diffeff",
+    "solver": "deepcache",
+    "guidance": "tomesd",
+}
+"""Whose colour each kind has."""
 _NAMES = {
     "steps": "fewer steps",
+    "exact": "exact methods",
     "preset": "presets",
     "guidance": "guidance skipped",
     "schedule": "scheduled cache",
@@ -59,8 +68,7 @@ def _columns(spots: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def _colour(kind: str) -> str:
-    packages = {"steps": "fewer-steps", "schedule": "diffeff", "solver": "deepcache", "guidance": "tomesd"}
-    return look(packages.get(kind, "cache-dit")).light
+    return look(_PACKAGES.get(kind, "cache-dit")).light
 
 
 def _draw(axes: Any, entries: Sequence[Entry], kind: str, name: str) -> None:
